@@ -1,0 +1,1 @@
+"""The mixture-of-experts transformer around the memory."""

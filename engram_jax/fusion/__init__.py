@@ -1,0 +1,1 @@
+"""Stage 2, fusion: rows and a hidden state to a residual update."""

@@ -1,0 +1,77 @@
+"""The Engram layer for Linen models: the same `fuse`, `self.param` per array.
+
+Parameter names and shapes are those of `EngramParams`, so weights move between
+this and `engram_jax.Engram` by name.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Int
+
+from engram_jax.config import EngramConfig
+from engram_jax.fusion.engram import (
+  EngramParams,
+  Fusion,
+  fuse,
+  fuse_options,
+  param_init,
+  param_shapes,
+)
+from engram_jax.fusion.short_conv import ConvState
+from engram_jax.types import Breaks, Hidden, Rows
+
+
+class Engram(nn.Module):
+  """Parameters of one Engram layer, and `fuse` on them.
+
+  Example:
+    >>> engram = Engram(config)
+    >>> variables = engram.init(key, hidden, rows)
+    >>> update, state = engram.apply(variables, hidden, rows)
+
+  Attributes:
+    config: sizes and options.
+  """
+
+  config: EngramConfig
+
+  def setup(self):
+    self.arrays = EngramParams(
+      **{
+        name: self.param(name, param_init(name), shape, jnp.float32)
+        for name, shape in param_shapes(self.config).items()
+      }
+    )
+
+  def fuse(
+    self,
+    hidden: Hidden,
+    rows: Rows,
+    *,
+    state: ConvState | None = None,
+    breaks: Breaks | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> Fusion:
+    """As `__call__`, with the gates."""
+    return fuse(
+      self.arrays,
+      hidden,
+      rows,
+      state=state,
+      breaks=breaks,
+      lengths=lengths,
+      **fuse_options(self.config),
+    )
+
+  def __call__(
+    self,
+    hidden: Hidden,
+    rows: Rows,
+    *,
+    state: ConvState | None = None,
+    breaks: Breaks | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> tuple[Hidden, ConvState | None]:
+    """The update [B, L, G, D] and the decode state, as `engram_jax.Engram`."""
+    fused = self.fuse(hidden, rows, state=state, breaks=breaks, lengths=lengths)
+    return fused.update, fused.state

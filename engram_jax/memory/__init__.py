@@ -1,0 +1,1 @@
+"""Stage 1, retrieval: token ids to rows. It knows nothing of hidden states."""

@@ -1,0 +1,447 @@
+"""N-grams to row ids: DeepSeek's int64 hash, bit for bit, without int64.
+
+For a canonical id x_t, layer multipliers m and a head of prime size p (Eq. 1):
+
+  mix_n[t] = x_t m_0  ^  x_{t-1} m_1  ^ ... ^  x_{t-n+1} m_{n-1}     (64 bits)
+  head_id  = mix_n[t] mod p,   row_id = head_id + offset of the head
+
+All H heads of an order share one mix; columns run over orders, then heads.
+Each multiplier is odd and below 2^63 / V, so a product never overflows and the
+mix is never negative. JAX has 32-bit integers unless told otherwise, so the
+jnp form keeps the mix as two uint32 limbs and takes the remainder without a
+division (Shoup's trick); `row_ids_numpy` is the same in NumPy int64.
+
+Three things interrupt n-grams, and all of them *latch* (production V4.1): once
+a look-back meets one, that shift and every larger one read the pad id.
+  - the start of the sequence, or of `history`,
+  - a document start (`Break.DOCUMENT_START`): look-backs stop at it,
+  - a position that is not text (`Break.NON_TEXT`, or any negative id): no
+    n-gram holds it or reaches across it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt32
+
+from engram_jax.errors import InputError, require, require_in_range
+from engram_jax.types import Break, Breaks, CanonicalIds, History, RowIds
+
+#: Stands in a history, and in canonical ids, where there is no text.
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NgramHash:
+  """The hash of every Engram layer of a model, as constants.
+
+  Make one with `NgramHash.create`; store it with a model by `to_dict` and read
+  it by `from_dict`, so that a checkpoint never depends on NumPy drawing the
+  same random stream again.
+
+  Attributes:
+    vocab_size: canonical ids are below it.
+    heads: H, heads per order.
+    pad_id: canonical id that stands where a look-back finds nothing.
+    multipliers: per layer int64 [N]; entry k belongs to the token k back.
+    primes: per layer int64 [K]; rows of each head.
+  """
+
+  vocab_size: int
+  heads: int
+  pad_id: int
+  multipliers: Mapping[int, np.ndarray]
+  primes: Mapping[int, np.ndarray]
+
+  @classmethod
+  def create(
+    cls,
+    *,
+    vocab_size: int,
+    rows_per_head: Sequence[int],
+    heads: int,
+    layers: Sequence[int],
+    pad_id: int,
+    seed: int = 0,
+  ) -> "NgramHash":
+    """Draws multipliers and primes as DeepSeek's demo does.
+
+    Args:
+      vocab_size: canonical ids are below it; it bounds the multipliers.
+      rows_per_head: least rows of a head, one entry per order from 2 on.
+      heads: H, heads per order.
+      layers: ids of the Engram layers. Their order matters: no prime is used
+        twice in a model, and the first layer takes the smallest.
+      pad_id: the *canonical* id of the padding token.
+      seed: of the multipliers.
+
+    Raises:
+      InputError: a size, layer or id that cannot be hashed.
+    """
+    positive = len(rows_per_head) >= 1 and min(rows_per_head) >= 2
+    valid = "one entry >= 2 per n-gram order from 2 on"
+    require(positive, "rows_per_head", tuple(rows_per_head), valid)
+    require(heads >= 1, "heads", heads, "an integer >= 1")
+    unique = len(layers) >= 1 and len(set(layers)) == len(layers)
+    valid = "one or more different layer ids from 0 on"
+    require(unique and min(layers) >= 0, "layers", tuple(layers), valid)
+    require(seed >= 0, "seed", seed, "an integer >= 0")
+    require(1 <= vocab_size < 2**31, "vocab_size", vocab_size, "1 to 2**31 - 1")
+
+    used: set[int] = set()
+    multipliers, primes = {}, {}
+    for layer in layers:
+      multipliers[layer] = draw_multipliers(
+        layer, count=len(rows_per_head) + 1, vocab_size=vocab_size, seed=seed
+      )
+      sizes = [
+        prime
+        for least in rows_per_head
+        for prime in _take_primes(least, heads, used)
+      ]
+      primes[layer] = np.array(sizes, np.int64)
+    return cls(vocab_size, heads, pad_id, multipliers, primes)
+
+  def __post_init__(self):
+    require(
+      0 <= self.pad_id < self.vocab_size,
+      "pad_id",
+      self.pad_id,
+      f"a canonical id below vocab_size = {self.vocab_size}",
+    )
+    for layer in self.layers:
+      self._check_layer(layer)
+      self.multipliers[layer].setflags(write=False)
+      self.primes[layer].setflags(write=False)
+
+  def _check_layer(self, layer: int) -> None:
+    """Refuses constants that the 64-bit arithmetic could not hold."""
+    m, p = self.multipliers[layer], self.primes[layer]
+    columns = self.heads * (len(m) - 1)
+    name = f"primes[{layer}]"
+    require(p.shape == (columns,), name, p.shape, f"shape ({columns},)")
+    in_range = ((p >= 2) & (p < 2**31)).all()
+    require(in_range, name, p.max(), "primes from 2 to 2**31 - 1")
+    # Written with Python integers: the product is what must not overflow.
+    largest = int(m.max()) * (self.vocab_size - 1)
+    valid = (
+      f"positive, and below 2**63 / vocab_size = {2**63 // self.vocab_size}"
+    )
+    ok = int(m.min()) > 0 and largest < 2**63
+    require(ok, f"multipliers[{layer}]", m.tolist(), valid)
+
+  # --- sizes ---
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """The Engram layers, in the order in which they took their primes."""
+    return tuple(self.primes)
+
+  @property
+  def max_order(self) -> int:
+    """N, the largest n-gram order."""
+    return len(next(iter(self.multipliers.values())))
+
+  @property
+  def columns(self) -> int:
+    """K, rows that one token reads in one layer."""
+    return self.heads * (self.max_order - 1)
+
+  @property
+  def num_rows(self) -> dict[int, int]:
+    """R per layer: the sum of its heads' primes."""
+    return {layer: int(p.sum()) for layer, p in self.primes.items()}
+
+  def head_offsets(self, layer: int) -> np.ndarray:
+    """int64 [K]: first row of each head in the layer's joined table."""
+    primes = self._of(self.primes, layer)
+    return np.concatenate([[0], np.cumsum(primes[:-1])]).astype(np.int64)
+
+  # --- hashing ---
+
+  def hash(
+    self,
+    canonical: CanonicalIds,
+    *,
+    history: History | None = None,
+    breaks: Breaks | None = None,
+  ) -> dict[int, RowIds]:
+    """Row ids of every Engram layer; see `row_ids`."""
+    return {
+      layer: self.row_ids(canonical, layer, history=history, breaks=breaks)
+      for layer in self.layers
+    }
+
+  def row_ids(
+    self,
+    canonical: CanonicalIds,
+    layer: int,
+    *,
+    history: History | None = None,
+    breaks: Breaks | None = None,
+  ) -> RowIds:
+    """Rows of `layer`'s joined table that each position reads.
+
+    Args:
+      canonical: int32 [B, L]; a negative id is a position without text.
+      layer: one of `layers`.
+      history: int32 [B, N-1], what `next_history` gave after the tokens
+        before; None at the start of a sequence.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+
+    Returns:
+      int32 [B, L, K], each below `num_rows[layer]`.
+
+    Raises:
+      InputError: an id >= vocab_size (outside jit; inside, see
+        `errors.require_in_range`), an unknown layer, a wrong shape, or a table
+        of 2**31 rows or more, which only `row_ids_numpy` can address.
+    """
+    rows = self.num_rows.get(layer, 0)
+    valid = "below 2**31 rows for int32 ids (row_ids_numpy takes more)"
+    require(rows < 2**31, f"num_rows[{layer}]", rows, valid)
+    ids = self.head_ids(canonical, layer, history=history, breaks=breaks)
+    return ids + jnp.asarray(self.head_offsets(layer), jnp.int32)
+
+  def head_ids(
+    self,
+    canonical: CanonicalIds,
+    layer: int,
+    *,
+    history: History | None = None,
+    breaks: Breaks | None = None,
+  ) -> RowIds:
+    """As `row_ids`, without the offsets: rows within each head's own table."""
+    primes = self._of(self.primes, layer)
+    window = self._window(canonical, history, breaks)
+    window = jnp.where(window < 0, self.pad_id, window).astype(jnp.uint32)
+    high, low = _mix(window, self.multipliers[layer])
+    # One mix per order serves all heads of that order.
+    high, low = (jnp.repeat(x, self.heads, axis=-1) for x in (high, low))
+    return _remainder(high, low, primes).astype(jnp.int32)
+
+  def row_ids_numpy(
+    self,
+    canonical: np.ndarray,
+    layer: int,
+    *,
+    history: np.ndarray | None = None,
+    breaks: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """`row_ids` on the host: the same numbers, int64 [B, L, K], any size."""
+    primes = self._of(self.primes, layer)
+    window = self._window(np.asarray(canonical), history, breaks, xp=np)
+    window = np.where(window < 0, self.pad_id, window).astype(np.int64)
+    mixes = np.bitwise_xor.accumulate(
+      window * self.multipliers[layer], axis=-1
+    )[..., 1:]
+    ids = np.repeat(mixes, self.heads, axis=-1) % primes
+    return ids + self.head_offsets(layer)
+
+  # --- decoding ---
+
+  def empty_history(self, batch: int) -> History:
+    """int32 [B, N-1]: nothing came before."""
+    return jnp.full((batch, self.max_order - 1), NO_TOKEN, jnp.int32)
+
+  def next_history(
+    self,
+    canonical: CanonicalIds,
+    *,
+    history: History | None = None,
+    breaks: Breaks | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> History:
+    """What the hash of the tokens to come must know of those so far.
+
+    Args:
+      canonical: int32 [B, L], as given to `row_ids`.
+      history: what came before them.
+      breaks: as given to `row_ids`.
+      lengths: int32 [B], how many of the L tokens are real (the rest is
+        padding on the right); None for all.
+
+    Returns:
+      int32 [B, N-1], oldest first; `NO_TOKEN` where a look-back would stop.
+    """
+    window = self._window(canonical, history, breaks)  # [B, L, N]
+    batch, length, order = window.shape
+    start = self.empty_history(batch) if history is None else history
+    # The look-backs of position t are ids t, t-1, ...; those of the position
+    # to come are the same, one further back.
+    before = start[:, ::-1][:, None]  # [B, 1, N-1]
+    recent = jnp.concatenate([before, window[..., : order - 1]], axis=1)
+    last = jnp.full(batch, length) if lengths is None else lengths
+    newest_first = jnp.take_along_axis(recent, last[:, None, None], axis=1)
+    return newest_first[:, 0, ::-1].astype(jnp.int32)
+
+  def _window(self, canonical, history, breaks, *, xp: Any = jnp):
+    """[B, L, N]: the id k positions back; `NO_TOKEN` once latched."""
+    require(canonical.ndim == 2, "canonical", canonical.shape, "shape [B, L]")
+    batch, length = canonical.shape
+    past = self.max_order - 1
+    if history is None:
+      history = xp.full((batch, past), NO_TOKEN, xp.int32)
+    valid = f"shape {(batch, past)}: the last {past} ids"
+    require(history.shape == (batch, past), "history", history.shape, valid)
+    for name, ids in (("canonical", canonical), ("history", history)):
+      # Every negative id says that there is no text: only the top is checked.
+      require_in_range(name, ids, low=-(2**31), high=self.vocab_size)
+    if breaks is None:
+      breaks = xp.zeros((batch, length), xp.int8)
+    valid = f"shape {(batch, length)}, as the ids"
+    require(breaks.shape == (batch, length), "breaks", breaks.shape, valid)
+
+    breaks = breaks.astype(xp.int8)
+    text = (canonical >= 0) & (breaks != Break.NON_TEXT)
+    ids = xp.where(text, canonical, NO_TOKEN)
+    ids = xp.concatenate([history, ids], axis=1).astype(xp.int32)
+    starts = breaks == Break.DOCUMENT_START
+    columns, reachable = [], xp.ones((batch, length), bool)
+    for back in range(self.max_order):
+      here = ids[:, past - back : past - back + length]
+      reachable = reachable & (here >= 0)
+      columns.append(xp.where(reachable, here, NO_TOKEN))
+      # A document's first token may be read, what lies behind it may not.
+      if back < length:
+        behind = starts[:, : length - back]
+        outside = xp.zeros((batch, back), bool)
+        reachable = reachable & ~xp.concatenate([outside, behind], axis=1)
+    return xp.stack(columns, axis=-1)
+
+  def _of(self, constants: Mapping[int, np.ndarray], layer: int) -> np.ndarray:
+    if layer not in constants:
+      raise InputError("layer", layer, f"one of the layers {self.layers}")
+    return constants[layer]
+
+  # --- storage ---
+
+  def to_dict(self) -> dict[str, Any]:
+    """The constants as lists of Python integers, ready for JSON."""
+    return {
+      "vocab_size": self.vocab_size,
+      "heads": self.heads,
+      "pad_id": self.pad_id,
+      "layers": list(self.layers),
+      "multipliers": [self.multipliers[i].tolist() for i in self.layers],
+      "primes": [self.primes[i].tolist() for i in self.layers],
+    }
+
+  @classmethod
+  def from_dict(cls, constants: Mapping[str, Any]) -> "NgramHash":
+    """The hash whose `to_dict` is `constants`, drawing nothing."""
+    fields = "vocab_size heads pad_id layers multipliers primes".split()
+    for name in fields:
+      require(name in constants, f"hash.{name}", "missing", "a value")
+    vocab_size, heads, pad_id, layers, multipliers, primes = (
+      constants[name] for name in fields
+    )
+
+    def by_layer(values):
+      return {i: np.array(v, np.int64) for i, v in zip(layers, values)}
+
+    return cls(
+      vocab_size, heads, pad_id, by_layer(multipliers), by_layer(primes)
+    )
+
+
+# --- constants, on the host ---
+
+
+def draw_multipliers(
+  layer: int, *, count: int, vocab_size: int, seed: int
+) -> np.ndarray:
+  """int64 [count]: odd, below 2^63 / vocab_size, as DeepSeek draws them."""
+  bound = max(1, (2**63 - 1) // vocab_size // 2)
+  draws = np.random.default_rng(seed + 10007 * layer).integers(
+    0, bound, count, dtype=np.int64
+  )
+  return 2 * draws + 1
+
+
+def is_prime(number: int) -> bool:
+  """Whether `number`, below 3.3e9 * 10^15, is prime (Miller-Rabin, exact)."""
+  if number < 2:
+    return False
+  bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+  for p in bases:
+    if number % p == 0:
+      return number == p
+  twos = ((number - 1) & (1 - number)).bit_length() - 1
+  odd = (number - 1) >> twos
+  for base in bases:
+    x = pow(base, odd, number)
+    if x in (1, number - 1):
+      continue
+    for _ in range(twos - 1):
+      x = x * x % number
+      if x == number - 1:
+        break
+    else:
+      return False
+  return True
+
+
+def _take_primes(least: int, count: int, used: set[int]) -> list[int]:
+  """The next `count` primes >= least not in `used`, which they then join."""
+  taken: list[int] = []
+  candidate = least
+  while len(taken) < count:
+    if candidate not in used and is_prime(candidate):
+      taken.append(candidate)
+      used.add(candidate)
+    candidate += 1
+  return taken
+
+
+# --- 64-bit arithmetic on two uint32 limbs ---
+
+
+def _mix(
+  window: UInt32[Array, "B L N"], multipliers: np.ndarray
+) -> tuple[UInt32[Array, "B L N-1"], UInt32[Array, "B L N-1"]]:
+  """(high, low) limbs of mix_2 .. mix_N."""
+  m_high = jnp.asarray(multipliers >> 32, jnp.uint32)
+  m_low = jnp.asarray(multipliers & 0xFFFFFFFF, jnp.uint32)
+  low = window * m_low
+  high = jax.lax.mulhi(*jnp.broadcast_arrays(window, m_low)) + window * m_high
+
+  def xor_scan(x):
+    columns = [x[..., 0]]
+    for back in range(1, x.shape[-1]):
+      columns.append(columns[-1] ^ x[..., back])
+    return jnp.stack(columns[1:], axis=-1)
+
+  return xor_scan(high), xor_scan(low)
+
+
+def _remainder(
+  high: UInt32[Array, "*S K"], low: UInt32[Array, "*S K"], primes: np.ndarray
+) -> UInt32[Array, "*S K"]:
+  """(high * 2^32 + low) mod primes, for any prime below 2^31.
+
+  Shoup: with c' = floor(c 2^32 / p), x c - floor(x c' / 2^32) p lies in
+  [0, 2p) for any 32-bit x; a 32-bit wrap does not matter, since 2p < 2^32.
+  """
+  c = (1 << 32) % primes
+  c_shoup = _constant((c << 32) // primes)
+  one_shoup = _constant((1 << 32) // primes)
+  c, p = _constant(c), _constant(primes)
+
+  def mulhi(x, y):
+    return jax.lax.mulhi(*jnp.broadcast_arrays(x, y))
+
+  def below_p(x):  # x < 2p; where x < p the difference wraps and is larger
+    return jnp.minimum(x, x - p)
+
+  from_high = below_p(high * c - mulhi(high, c_shoup) * p)
+  from_low = below_p(low - mulhi(low, one_shoup) * p)
+  return below_p(from_high + from_low)
+
+
+def _constant(values: np.ndarray) -> UInt32[Array, "K"]:
+  return jnp.asarray(values.astype(np.uint32))

@@ -1,0 +1,74 @@
+"""One layer's table: all its heads stacked in one array [R, d], and its reads.
+
+Row `head_offsets[k] + z` is row z of head k (Eq. 1's E_{n,k}), so that one
+gather serves all columns. The table is no parameter of the model: a training
+step looks its rows up first and differentiates with respect to *them*.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from engram_jax.errors import require, require_in_range
+
+
+def init_table(
+  key: PRNGKeyArray | Array,
+  num_rows: int,
+  width: int,
+  *,
+  std: float,
+  dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "R d"]:
+  """A new table of independent N(0, std^2) entries.
+
+  The paper gives no scale; DeepSeek's demo inherits PyTorch's std 1. What the
+  scale decides is small and measured in BUILD_NOTES.md ("Table
+  initialisation"): the key passes an RMSNorm, so the gate does not feel it;
+  the value does, and with it how loud the untrained memory speaks, and how
+  many Adam steps a row needs to become something else than its start.
+
+  Args:
+    key: a JAX random key.
+    num_rows: R; `NgramHash.num_rows[layer]`.
+    width: d.
+    std: standard deviation; 0 makes an all-zero table, which is mute until
+      trained.
+    dtype: of the entries.
+
+  Returns:
+    [num_rows, width].
+
+  Raises:
+    InputError: a size below 1 or a negative std.
+  """
+  require(num_rows >= 1, "num_rows", num_rows, "an integer >= 1")
+  require(width >= 1, "width", width, "an integer >= 1")
+  require(std >= 0 and math.isfinite(std), "std", std, "a number >= 0")
+  if std == 0:
+    return jnp.zeros((num_rows, width), dtype)
+  return std * jax.random.normal(key, (num_rows, width), dtype)
+
+
+def lookup(
+  table: Float[Array, "R d"], row_ids: Int[Array, "*S"]
+) -> Float[Array, "*S d"]:
+  """Reads rows: `table[row_ids]`.
+
+  Args:
+    table: [R, d].
+    row_ids: int32 [...], usually [B, L, K] from `NgramHash.row_ids`.
+
+  Returns:
+    [..., d] in the table's dtype.
+
+  Raises:
+    InputError: a row id outside the table (outside jit; inside, see
+      `errors.require_in_range`).
+  """
+  require_in_range("row_ids", row_ids, low=0, high=table.shape[0])
+  # Ids of a hash are in bounds by construction: no clamp, no fill.
+  return table.at[row_ids].get(mode="promise_in_bounds")

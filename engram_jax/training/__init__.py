@@ -1,0 +1,1 @@
+"""Training: the step that updates a backbone and the rows it touched."""

@@ -1,0 +1,56 @@
+"""Which optimizer moves which parameter of the backbone, and how far.
+
+The backbone goes by optax; the tables never pass through here (they have
+`memory.row_optimizers`). Weight decay is for matrices alone: gains and biases
+are vectors that a decay would pull towards silence.
+"""
+
+import jax
+import optax
+from flax import nnx
+
+from engram_jax.config import TrainConfig
+from engram_jax.memory.row_optimizers import RowOptimizer, lazy_adam
+
+#: Leaf names of arrays that are no matrices, whatever their rank.
+UNDECAYED = ("scale", "bias")
+
+
+def decay_mask(params: nnx.State) -> nnx.State:
+  """True for each leaf that weight decay applies to, in a tree like `params`.
+
+  A leaf is left out by its name: one that ends in `scale` or `bias` is a gain
+  or a bias, also where streams or heads make its rank 2.
+  """
+
+  def decays(path, _):
+    names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+    # The last string is the Variable's own field in some Flax versions.
+    names = [name for name in names if name not in ("value", "raw_value", "")]
+    return not names[-1].endswith(UNDECAYED)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def backbone_optimizer(
+  config: TrainConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """AdamW with the schedule; the caller clips, because rows count too."""
+  return optax.adamw(
+    schedule,
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    weight_decay=config.weight_decay,
+    mask=decay_mask,
+  )
+
+
+def table_optimizer(config: TrainConfig) -> RowOptimizer:
+  """The tables' optimizer: lazy Adam without weight decay (paper §4)."""
+  return lazy_adam(
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    bias_correction=config.table_bias_correction,
+  )

@@ -1,0 +1,28 @@
+"""Learning-rate schedules: linear warm-up, constant, steps down (paper §4)."""
+
+import optax
+
+from engram_jax.config import TrainConfig
+
+
+def warmup_step_decay(config: TrainConfig) -> optax.Schedule:
+  """Warm-up to the peak, then `decay_factors` of it from `decay_points` on.
+
+  With the defaults this is the paper's: 2,000 steps of linear warm-up, times
+  0.316 at 80 % and times 0.1 at 90 % of the steps.
+
+  Returns:
+    A function of the step, counted from 0. The first step has rate
+    `learning_rate / warmup_steps`, not 0: no step is without effect.
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+  values, factor = {}, 1.0
+  for point, share in zip(config.decay_points, config.decay_factors):
+    values[round(point * config.steps)] = share / factor
+    factor = share
+  decay = optax.piecewise_constant_schedule(peak, values)
+  if warmup == 0:
+    return decay
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  # `decay` counts from the run's start, so the two are multiplied.
+  return lambda step: ramp(step) * decay(step) / peak

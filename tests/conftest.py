@@ -1,0 +1,32 @@
+"""What all tests share. It must not import engram_jax: see `pytest_configure`.
+
+The import hook that checks jaxtyping's annotations is put in place when pytest
+is configured, which is after this file is imported; a module imported before
+would go unchecked.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+# Set before jax, matplotlib or tokenizers are imported. JAX_PLATFORMS is left
+# as it is, so that the tests run on what the machine has.
+# Several test processes share one accelerator.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# No display.
+os.environ.setdefault("MPLBACKEND", "Agg")
+# The library warns when a process that has used its threads is forked.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# C++ logs from warnings down, which are about the machine.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Grain reads absl flags, which only a program's `app.run` parses.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+  """The folder of reference values."""
+  return Path(__file__).parent / "golden"
