@@ -25,8 +25,8 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 ifdef PYTHON
 # The Python asked for wins over the one that .venv was made with.
 IDENTITY := import sys; print(sys.base_prefix, sys.version)
-ifneq ($(shell $(PYTHON) -c '$(IDENTITY)' 2>&1),$(shell \
-  $(VENV)/bin/python -c '$(IDENTITY)' 2>&1))
+ifneq ($(shell $(PYTHON) -c '$(IDENTITY)' 2>/dev/null || echo missing),$(shell \
+  $(VENV)/bin/python -c '$(IDENTITY)' 2>/dev/null || echo none))
 REBUILD := 1
 .PHONY: $(STAMPS)
 endif

@@ -1,1 +1,60 @@
-"""Conditional memory for JAX and Flax: hashed n-gram tables, and a gate."""
+"""Conditional memory for JAX and Flax: hashed n-gram tables, and a gate.
+
+What is named here is the public API. It takes jax, flax, numpy and jaxtyping;
+training, data, decoding and analysis are imported by their own names, e.g.
+`from engram_jax.training.loop import run`, and need the other dependencies.
+"""
+
+from engram_jax.backbone.attention import LatentAttention
+from engram_jax.backbone.moe import MoE
+from engram_jax.backbone.transformer import ModelOutput, Transformer
+from engram_jax.config import (
+  AttentionConfig,
+  DataConfig,
+  EngramConfig,
+  ExperimentConfig,
+  ModelConfig,
+  MoEConfig,
+  TrainConfig,
+)
+from engram_jax.errors import InputError
+from engram_jax.fusion import linen
+from engram_jax.fusion.engram import Engram, EngramParams, Fusion, fuse
+from engram_jax.fusion.gating import gate_scores, gate_values
+from engram_jax.fusion.short_conv import short_conv
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.table import init_table, lookup
+from engram_jax.types import Break
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "AttentionConfig",
+  "Break",
+  "DataConfig",
+  "Engram",
+  "EngramConfig",
+  "EngramParams",
+  "ExperimentConfig",
+  "Fusion",
+  "InputError",
+  "LatentAttention",
+  "MoE",
+  "MoEConfig",
+  "ModelConfig",
+  "ModelOutput",
+  "NgramHash",
+  "TokenCompression",
+  "TrainConfig",
+  "Transformer",
+  "fuse",
+  "gate_scores",
+  "gate_values",
+  "init_table",
+  "linen",
+  "lookup",
+  "retrieve",
+  "short_conv",
+]

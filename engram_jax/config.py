@@ -7,6 +7,7 @@ experiment live in `experiments/configs/`.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ DISPATCHES = ("dropless", "bucketed", "ragged")
 def _positive(config: Any, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
-    require(value > 0, name, value, "a number above 0")
+    valid = "a finite number above 0"
+    require(0 < value < math.inf, name, value, valid)
 
 
 def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
@@ -80,6 +82,7 @@ class EngramConfig:
   def __post_init__(self):
     _positive(self, "hidden_size", "heads", "head_dim", "streams")
     _positive(self, "conv_kernel_size")
+    require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
     _positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
     _one_of(self, "dtype", DTYPES)
     unique = len(set(self.layers)) == len(self.layers)
@@ -102,7 +105,7 @@ class EngramConfig:
       "a positive integer, or None for the largest n-gram order",
     )
     require(
-      self.table_init_std >= 0,
+      0 <= self.table_init_std < math.inf,
       "table_init_std",
       self.table_init_std,
       "a number >= 0",
@@ -232,11 +235,12 @@ class ModelConfig:
     _positive(self, "vocab_size", "hidden_size", "num_layers", "dense_size")
     _positive(self, "norm_eps", "init_std")
     _one_of(self, "dtype", DTYPES)
+    last = self.num_layers if self.moe is None else self.num_layers - 1
     require(
-      self.num_dense_layers >= 0,
+      0 <= self.num_dense_layers <= last,
       "num_dense_layers",
       self.num_dense_layers,
-      ">= 0",
+      f"0 to {last}" + (", to leave a block with experts" if self.moe else ""),
     )
     require(
       self.streams == 1,
@@ -396,11 +400,12 @@ class TrainConfig:
       self.decay_points,
       "increasing shares between 0 and 1",
     )
+    fits = len(self.decay_factors) == len(self.decay_points)
     require(
-      len(self.decay_factors) == len(self.decay_points),
+      fits and all(0 < factor < math.inf for factor in self.decay_factors),
       "decay_factors",
       self.decay_factors,
-      f"one factor for each of decay_points = {self.decay_points}",
+      f"one factor above 0 for each of decay_points = {self.decay_points}",
     )
 
 
@@ -413,7 +418,7 @@ class ExperimentConfig:
   train: TrainConfig
 
   def __post_init__(self):
-    if not self.data.tfds_name and self.model.vocab_size < self.data.vocab_size:
+    if self.model.vocab_size < self.data.vocab_size:
       raise InputError(
         "model.vocab_size",
         self.model.vocab_size,

@@ -30,6 +30,11 @@ class InputError(ValueError):
     text = text if len(text) <= 120 else text[:117] + "..."
     super().__init__(f"{field}: {text}; valid: {valid}")
 
+  def __reduce__(self):
+    # An exception is pickled by its message unless told otherwise; workers
+    # send theirs over a process boundary.
+    return type(self), (self.field, self.value, self.valid)
+
 
 def require(condition: Any, field: str, value: Any, valid: str) -> None:
   """Raises `InputError(field, value, valid)` unless `condition` holds."""
@@ -43,7 +48,8 @@ def require_in_range(field: str, ids: Any, *, low: int, high: int) -> None:
   Outside jit the ids are looked at and an `InputError` names the first wrong
   one. Under a trace no value is known: there the check is a
   `checkify.debug_check`, which costs nothing in a plain `jit` and is raised by
-  `checkify.checkify(f, errors=checkify.user_checks)`.
+  `checkify.checkify(f, errors=checkify.user_checks)`; it names the least id if
+  that is below `low`, else the largest.
 
   Args:
     field: the name to blame.
@@ -56,11 +62,18 @@ def require_in_range(field: str, ids: Any, *, low: int, high: int) -> None:
   """
   if isinstance(ids, jax.core.Tracer):
     if ids.size:
-      wrong = (ids < low) | (ids >= high)
+      # A narrow dtype cannot hold the bounds; an unsigned one not the lower.
+      if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)
+      lowest = max(low, 0) if ids.dtype.kind == "u" else low
+      # Reductions only: picking an element would ask for a sharding under
+      # Explicit mesh axes.
+      least, most = jnp.min(ids), jnp.max(ids)
+      name = field.replace("{", "{{").replace("}", "}}")
       checkify.debug_check(
-        ~jnp.any(wrong),
-        f"{field}: {{value}}; valid: {low} <= id < {high}",
-        value=ids.reshape(-1)[jnp.argmax(wrong.reshape(-1))],
+        (least >= lowest) & (most < high),
+        f"{name}: {{value}}; valid: {low} <= id < {high}",
+        value=jnp.where(least < lowest, least, most),
       )
     return
   values = np.asarray(ids)

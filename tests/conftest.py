@@ -1,7 +1,7 @@
-"""What all tests share. It must not import engram_jax: see `pytest_configure`.
+"""What all tests share. It must not import engram_jax.
 
 The import hook that checks jaxtyping's annotations is put in place when pytest
-is configured, which is after this file is imported; a module imported before
+is configured, which is after this file is imported; a module imported here
 would go unchecked.
 """
 

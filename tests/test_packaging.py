@@ -1,6 +1,5 @@
-"""The repository as others meet it: wheel, README, imports, Makefile."""
+"""The repository as others meet it: wheel, README, imports, files."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -38,8 +37,9 @@ def run(*command, **options) -> str:
 def repository_files() -> list[Path]:
   """The files of the repository: all that git would commit."""
   if not (ROOT / ".git").exists():
-    # An unpacked archive holds nothing else.
-    skipped = {".venv", "build", "dist", "runs"}
+    # An unpacked archive, in which something may have been run.
+    skipped = {".venv", "build", "dist", "runs", "__pycache__"}
+    skipped |= {".pytest_cache", ".ruff_cache", "engram_jax.egg-info"}
     files = (path for path in ROOT.rglob("*") if path.is_file())
     return [p for p in files if not skipped & set(p.relative_to(ROOT).parts)]
   # Not yet committed files count: the check is for before they are.
@@ -59,12 +59,9 @@ def wheel(tmp_path_factory) -> Path:
     shutil.copy(path, copy)
   # The build requirements of pyproject.toml: if they are here, nothing is
   # downloaded.
-  major = (
-    int(metadata.version("setuptools").split(".")[0])
-    if ("setuptools" in {d.name for d in metadata.distributions()})
-    else 0
-  )
-  isolation = ["--no-isolation"] if major >= 77 else []
+  installed = {item.name for item in metadata.distributions()}
+  version = metadata.version("setuptools") if "setuptools" in installed else "0"
+  isolation = ["--no-isolation"] if int(version.split(".")[0]) >= 77 else []
   build = (sys.executable, "-m", "build", "--wheel", *isolation)
   run(*build, "--outdir", output, source)
   (built,) = output.glob("*.whl")
@@ -151,117 +148,3 @@ def test_notebooks_have_no_outputs():
     if path.suffix == ".ipynb":
       text = path.read_text(encoding="utf-8")
       assert not stored.search(text), f"outputs in {path.name}"
-
-
-@pytest.fixture
-def make(tmp_path):
-  """Runs the Makefile in a copy, with nothing on the path but the given."""
-  for name in ("Makefile", "setup.cfg", "pyproject.toml"):
-    shutil.copy(ROOT / name, tmp_path)
-  tools = tmp_path / "tools"
-  tools.mkdir()
-  for name in ("sh", "touch", "rm", "find", "mkdir"):
-    (tools / name).symlink_to(shutil.which(name))
-  program = shutil.which("make")
-
-  def call(*arguments, **pythons):
-    for name, text in pythons.items():
-      script = tools / name.replace("_", ".")
-      script.write_text(f"#!{shutil.which('sh')}\n{text}\n")
-      script.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"}
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
-      environment.pop(name, None)
-    return subprocess.run(
-      [program, *arguments],
-      cwd=tmp_path,
-      env=environment | {"PATH": str(tools)},
-      capture_output=True,
-      text=True,
-    )
-
-  return call
-
-
-# Stands for a Python: notes what it is called for, and makes a .venv of
-# itself when asked for one.
-FAKE = """
-case "$2" in
-  *version_info*) exit {too_old} ;;
-  *sys.version*) echo {name} ;;
-  venv) mkdir -p .venv/bin; cp="$0"
-    echo "$0 made .venv" >> log
-    while IFS= read -r line; do echo "$line"; done < "$0" > .venv/bin/python
-    /bin/chmod +x .venv/bin/python ;;
-  *) echo "{name} $@" >> log ;;
-esac
-"""
-SHIM = "echo 'command not found' >&2; exit 127"
-
-
-def fake(name: str, too_old: int = 0) -> str:
-  return FAKE.format(name=name, too_old=too_old)
-
-
-def log(folder: Path) -> list[str]:
-  path = folder / "log"
-  return path.read_text().splitlines() if path.exists() else []
-
-
-def test_make_takes_the_first_python_that_runs(make, tmp_path):
-  pythons = {
-    "python3_12": SHIM,
-    "python3_13": fake("thirteen"),
-    "python3": fake("three"),
-  }
-  done = make("train", **pythons)
-  assert done.returncode == 0, done.stderr
-  made, install, train = log(tmp_path)
-  assert made.endswith("python3.13 made .venv")
-  assert install == "thirteen -m pip install --quiet --editable ."
-  assert train.startswith("thirteen -m experiments.pretrain --config=")
-
-  # Installed once: the second time only the program runs.
-  make("train")
-  assert len(log(tmp_path)) == 4
-  assert log(tmp_path)[-1] == train
-
-  # New dependencies are installed into the same environment.
-  os.utime(tmp_path / "setup.cfg", (2**32, 2**32))
-  make("train")
-  assert log(tmp_path)[-2:] == [install, train]
-  assert len(log(tmp_path)) == 6
-
-
-def test_make_installs_what_the_target_needs(make, tmp_path):
-  make("test", "ARGS=-k hash", "JOBS=3", python3=fake("three"))
-  make("lint")
-  assert log(tmp_path)[1:] == [
-    "three -m pip install --quiet --editable .[test]",
-    "three -m pytest -n 3 --dist loadfile -k hash",
-    "three -m pip install --quiet --editable .[dev]",
-    "three -m ruff check .",
-    "three -m ruff format --check .",
-  ]
-
-
-def test_make_takes_the_python_asked_for(make, tmp_path):
-  make("train", python3=fake("three"))
-  done = make("train", "PYTHON=mine", mine=fake("mine"))
-  assert done.returncode == 0, done.stderr
-  assert log(tmp_path)[3].endswith("mine made .venv")
-  assert log(tmp_path)[4].startswith("mine -m pip install")
-  # The same one again: nothing to make.
-  make("train", "PYTHON=mine")
-  assert len(log(tmp_path)) == 7
-
-
-@pytest.mark.parametrize("arguments", [(), ("PYTHON=python3.9",)])
-def test_make_refuses_an_old_python_in_one_line(make, tmp_path, arguments):
-  pythons = {"python3": fake("three", 1), "python3_9": fake("nine", 1)}
-  done = make("train", *arguments, **pythons)
-  assert done.returncode != 0
-  first, second = done.stderr.splitlines()
-  assert re.match(r"PYTHON: .*python3.*; valid: .*3\.11 or newer", first)
-  assert second.startswith("make: ***")
-  assert log(tmp_path) == []

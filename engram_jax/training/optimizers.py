@@ -32,12 +32,13 @@ def decay_mask(params: nnx.State) -> nnx.State:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def backbone_optimizer(
-  config: TrainConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-  """AdamW with the schedule; the caller clips, because rows count too."""
+def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW for a learning rate of 1; the step multiplies by the schedule.
+
+  It does not clip: rows count in the norm, and they do not come here.
+  """
   return optax.adamw(
-    schedule,
+    1.0,
     b1=config.adam_b1,
     b2=config.adam_b2,
     eps=config.adam_eps,

@@ -296,7 +296,7 @@ def test_create_refuses(changes, field):
 def test_ids_out_of_range_are_refused():
   hashing = make_hash()
   bad = random_ids((1, 4)).at[0, 2].set(1000)
-  with pytest.raises(InputError, match="canonical: 1000; valid:.* id < 1000"):
+  with pytest.raises(InputError, match=r"canonical: 1000; valid: .* < 1000"):
     hashing.row_ids(bad, 1)
   with pytest.raises(InputError, match="canonical: 1000"):
     hashing.row_ids_numpy(np.asarray(bad), 1)

@@ -1,0 +1,1 @@
+"""What a trained model holds and does: accounting, gates, pictures."""

@@ -1,0 +1,84 @@
+"""The gates of one text: how far each token lets the memory in.
+
+alpha_l [L, G]: the gates of Engram layer l (Eq. 4), per position and stream
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engram_jax.backbone.transformer import Transformer
+from engram_jax.decoding.text import TextStream
+from engram_jax.errors import require
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import Tables, retrieve
+
+
+def gate_map(
+  model: Transformer,
+  tables: Tables,
+  hashing: NgramHash,
+  compression: TokenCompression,
+  token_ids: Int[np.ndarray, "L"] | Int[Array, "L"],
+) -> dict[int, Float[np.ndarray, "L G"]]:
+  """Runs one text through the model and returns its gates.
+
+  The text is one document. No expert drops a token, so that the gates do not
+  depend on the model's capacity factor.
+
+  Args:
+    model: with a memory.
+    tables: [R, d] per Engram layer.
+    hashing: the model's hash.
+    compression: the tokenizer's.
+    token_ids: [L], raw ids, at least one.
+
+  Returns:
+    Per Engram layer float32 [L, G], between 0 and 1.
+
+  Raises:
+    InputError: a model without memory, no tokens, ids outside the vocabulary,
+      or tables that do not fit the hash.
+  """
+  memory = model.config.engram
+  require(memory is not None, "model.config.engram", None, "a memory")
+  require(token_ids.size > 0, "token_ids", "no tokens", "one or more tokens")
+  ids = jnp.asarray(token_ids, jnp.int32)[None]
+  rows = retrieve(tables, hashing, compression(ids)).rows
+  gates = jax.device_get(_gates(model, ids, rows))
+  return {layer: gate[0] for layer, gate in gates.items()}
+
+
+@nnx.jit
+def _gates(model, token_ids, rows):
+  dispatch = None
+  if model.config.moe is not None:
+    ragged = model.config.moe.dispatch == "ragged"
+    dispatch = "ragged" if ragged else "dropless"
+  return model(token_ids, rows, dispatch=dispatch).gates
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+  """What each token adds to the text; joined, the pieces are the text.
+
+  A token that ends within a character adds nothing: the token that completes
+  the character has all of it. Special tokens are no text.
+
+  Args:
+    tokenizer: a byte-level BPE `tokenizers.Tokenizer`.
+    token_ids: raw ids.
+
+  Raises:
+    InputError: an id that the tokenizer has no token for.
+  """
+  stream = TextStream(tokenizer)
+  texts = [stream.push([int(token_id)]) for token_id in token_ids]
+  if texts:
+    texts[-1] += stream.close()
+  return texts

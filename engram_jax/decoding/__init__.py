@@ -1,0 +1,1 @@
+"""Decoding: caches as explicit values, one step at a time, sampling, text."""

@@ -1,0 +1,180 @@
+"""Decoding step by step: what is kept of the past, and how it grows.
+
+A step is the same pure function as the whole sequence, on explicit caches: the
+attention's latents, the short convolution's last inputs, and the last N-1
+canonical ids, which the next n-grams begin with. Each sequence of the batch is
+one document. Every function here can be jitted, with `hashing` and
+`compression` as static arguments.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from engram_jax.backbone.transformer import ModelCache, Transformer
+from engram_jax.config import MoEConfig
+from engram_jax.errors import require, require_in_range
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import Tables, retrieve
+from engram_jax.types import History, TokenIds
+
+
+class DecodeState(NamedTuple):
+  """Everything that decoding keeps of the past.
+
+  Attributes:
+    cache: the model's.
+    history: int32 [B, N-1], the last canonical ids; None when the model has no
+      memory, or it is turned off.
+  """
+
+  cache: ModelCache
+  history: History | None
+
+
+def init_state(
+  model: Transformer,
+  hashing: NgramHash | None,
+  *,
+  batch: int,
+  capacity: int,
+) -> DecodeState:
+  """The state before the first token.
+
+  Args:
+    model: the transformer.
+    hashing: its hash; None for a model without memory, or to turn the memory
+      off.
+    batch: B.
+    capacity: most tokens of one sequence, padding of prompts left out.
+
+  Raises:
+    InputError: a size below 1, or a hash of another model.
+  """
+  require(batch >= 1, "batch", batch, "an integer >= 1")
+  require(capacity >= 1, "capacity", capacity, "an integer >= 1")
+  memory, history = model.config.engram, None
+  if hashing is not None:
+    expected = set() if memory is None else set(memory.layers)
+    valid = f"those of the model's Engram layers, {sorted(expected)}"
+    ok = set(hashing.layers) == expected
+    require(ok, "hashing.layers", hashing.layers, valid)
+    history = hashing.empty_history(batch)
+  return DecodeState(model.init_cache(batch, capacity), history)
+
+
+def prefill(
+  model: Transformer,
+  tables: Tables | None,
+  hashing: NgramHash | None,
+  compression: TokenCompression | None,
+  state: DecodeState,
+  token_ids: TokenIds,
+  lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], DecodeState]:
+  """Appends L tokens to each sequence, of which `lengths` are real.
+
+  Args:
+    model: the transformer.
+    tables: [R, d] per Engram layer; None with `hashing` None.
+    hashing: as given to `init_state`.
+    compression: token ids to the hash's canonical ids; None with `hashing`
+      None.
+    state: from `init_state`, or from an earlier call, which is continued.
+    token_ids: int32 [B, L]; any ids may pad on the right.
+    lengths: int32 [B], 1 to L.
+
+  Returns:
+    float32 [B, V], logits after each sequence's last real token, and the state
+    with the real tokens.
+
+  Raises:
+    InputError: a length outside 1..L, or more tokens than the capacity
+      (outside jit; inside, see `errors.require_in_range`); hash, compression
+      and state that do not belong together.
+  """
+  require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
+  _check_fit(hashing, compression, state)
+  _check_capacity(state, lengths)
+  rows = history = None
+  if hashing is not None:
+    canonical = compression(token_ids)
+    past = state.history
+    rows = retrieve(tables or {}, hashing, canonical, history=past).rows
+    history = hashing.next_history(canonical, history=past, lengths=lengths)
+  output = model(
+    token_ids,
+    rows,
+    cache=state.cache,
+    lengths=lengths,
+    dispatch=decode_dispatch(model.config.moe),
+  )
+  last = (lengths - 1)[:, None, None]
+  logits = jnp.take_along_axis(output.logits, last, axis=1)[:, 0]
+  return logits, DecodeState(output.cache, history)
+
+
+def decode_step(
+  model: Transformer,
+  tables: Tables | None,
+  hashing: NgramHash | None,
+  compression: TokenCompression | None,
+  state: DecodeState,
+  token_ids: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], DecodeState]:
+  """Appends one token to each sequence.
+
+  Args:
+    token_ids: int32 [B]; the other arguments as in `prefill`.
+
+  Returns:
+    float32 [B, V], logits of the next token, and the state.
+
+  Raises:
+    InputError: as in `prefill`.
+  """
+  lengths = jnp.ones(token_ids.shape, jnp.int32)
+  return prefill(
+    model, tables, hashing, compression, state, token_ids[:, None], lengths
+  )
+
+
+def decode_dispatch(moe: MoEConfig | None) -> str | None:
+  """The form of the experts that lets no sequence depend on its neighbours.
+
+  A bucket that is full drops tokens by their place in the batch, so `bucketed`
+  is for training; the two others drop nothing.
+  """
+  if moe is None:
+    return None
+  return "ragged" if moe.dispatch == "ragged" else "dropless"
+
+
+def _check_fit(hashing, compression, state: DecodeState) -> None:
+  """Refuses a state or a compression that is not the hash's."""
+  if hashing is None:
+    off = state.history is None
+    require(off, "hashing", None, "the hash that `init_state` was given")
+    return
+  require(
+    state.history is not None,
+    "state.history",
+    None,
+    "int32 [B, N-1]: give `init_state` the hash too",
+  )
+  size = None if compression is None else compression.size
+  require(
+    size == hashing.vocab_size,
+    "compression.size",
+    size,
+    f"the hash's vocab_size, {hashing.vocab_size}",
+  )
+
+
+def _check_capacity(state: DecodeState, added: Int[Array, "B"]) -> None:
+  """Refuses more tokens than the cache holds: it would drop them silently."""
+  capacity = state.cache.attention[0].latent.shape[1]
+  total = state.cache.lengths + added
+  require_in_range("tokens in the cache", total, low=1, high=capacity + 1)

@@ -1,0 +1,231 @@
+"""A run's folder: what is written where, and how to open it again.
+
+WORKDIR/
+  config.json       the frozen config
+  tokenizer.json    a copy: the run needs nothing of the data folder to speak
+  compression.npz   the map of token ids to canonical ids
+  checkpoints/      see `checkpoints.py`; holds the hash constants too
+  metrics.jsonl     one record a line; TensorBoard's files in tensorboard/
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import tokenizers
+from flax import nnx
+from jaxtyping import Array
+
+from engram_jax.backbone.transformer import Transformer
+from engram_jax.config import ExperimentConfig, from_dict, to_dict
+from engram_jax.data.tokenizers import load_tokenizer
+from engram_jax.errors import InputError, require
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.state import abstract_model, init_state
+from engram_jax.training.step import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+  """Paths of a run."""
+
+  path: pathlib.Path
+
+  @property
+  def config(self) -> pathlib.Path:
+    return self.path / "config.json"
+
+  @property
+  def tokenizer(self) -> pathlib.Path:
+    return self.path / "tokenizer.json"
+
+  @property
+  def compression(self) -> pathlib.Path:
+    return self.path / "compression.npz"
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    return self.path / "checkpoints"
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    return self.path / "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel:
+  """A checkpoint, ready for inference.
+
+  Attributes:
+    config: of the run.
+    step: of the checkpoint.
+    model: the transformer with its weights.
+    tables: per Engram layer [R, d]; empty without a memory.
+    hashing: None without a memory.
+    compression: None without a memory.
+    tokenizer: the run's.
+    program: for the functions of `step.py`.
+  """
+
+  config: ExperimentConfig
+  step: int
+  model: Transformer
+  tables: dict[int, Array]
+  hashing: NgramHash | None
+  compression: TokenCompression | None
+  tokenizer: tokenizers.Tokenizer
+  program: Program
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a text file that appears whole or not at all."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def open_folder(
+  workdir: str | os.PathLike, config: ExperimentConfig
+) -> RunFolder:
+  """Makes the folder of a run, or enters that of the same run.
+
+  Raises:
+    InputError: the folder holds a run of another config, or something else.
+  """
+  folder = RunFolder(pathlib.Path(workdir).expanduser().absolute())
+  if folder.config.exists():
+    found = json.loads(folder.config.read_text())
+    try:
+      check_constants({"config": found}, {"config": to_dict(config)})
+    except InputError as error:
+      valid = f"{error.valid}, as in {folder.path}; or another workdir"
+      raise InputError(error.field, error.value, valid) from None
+    return folder
+  empty = not folder.path.exists() or (
+    folder.path.is_dir() and not any(folder.path.iterdir())
+  )
+  valid = "a new or empty folder, or one of a run"
+  require(empty, "workdir", folder.path, valid)
+  folder.path.mkdir(parents=True, exist_ok=True)
+  write_whole(folder.config, json.dumps(to_dict(config), indent=2) + "\n")
+  return folder
+
+
+def constants(
+  config: ExperimentConfig,
+  *,
+  hashing: NgramHash | None,
+  compression: TokenCompression | None,
+  data_digest: str,
+) -> dict[str, Any]:
+  """What every checkpoint holds beside its arrays, ready for JSON."""
+  packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+  return {
+    "config": to_dict(config),
+    "hash": hashing and hashing.to_dict(),
+    "compression_digest": compression and compression.digest,
+    "data_digest": data_digest,
+    "versions": {name: importlib.metadata.version(name) for name in packages},
+  }
+
+
+def make_memory(
+  config: ExperimentConfig, tokenizer: tokenizers.Tokenizer
+) -> tuple[NgramHash | None, TokenCompression | None]:
+  """Draws the hash of a new run over its tokenizer's canonical ids."""
+  memory = config.model.engram
+  if memory is None:
+    return None, None
+  compression = TokenCompression.from_tokenizer(tokenizer)
+  require(
+    memory.pad_id < compression.vocab_size,
+    "model.engram.pad_id",
+    memory.pad_id,
+    f"a token id below the tokenizer's {compression.vocab_size}",
+  )
+  hashing = NgramHash.create(
+    vocab_size=compression.size,
+    rows_per_head=memory.rows_per_head,
+    heads=memory.heads,
+    layers=memory.layers,
+    pad_id=int(compression.canonical_ids[memory.pad_id]),
+    seed=memory.seed,
+  )
+  return hashing, compression
+
+
+def save_tokenizer_of_run(
+  folder: RunFolder, source: pathlib.Path, compression: TokenCompression | None
+) -> None:
+  """Puts tokenizer and compression into the folder, each whole."""
+  if not folder.tokenizer.exists():
+    partial = folder.tokenizer.with_suffix(".tmp")
+    shutil.copyfile(source, partial)
+    os.replace(partial, folder.tokenizer)
+  if compression is not None and not folder.compression.exists():
+    compression.save(folder.compression)
+
+
+def load_run(
+  workdir: str | os.PathLike, *, step: int | None = None
+) -> TrainedModel:
+  """Opens a checkpoint of a run for inference; nothing is drawn anew.
+
+  Args:
+    workdir: the run's folder.
+    step: of the checkpoint; None for the newest.
+
+  Raises:
+    InputError: no run or no such checkpoint there, or files of another run.
+  """
+  folder = RunFolder(pathlib.Path(workdir).expanduser().absolute())
+  valid = "the folder of a run, with config.json and checkpoints/"
+  require(folder.config.exists(), "workdir", folder.path, valid)
+  with Checkpoints(folder.checkpoints, keep_last=None, keep_best=0) as saved:
+    step = saved.latest_step() if step is None else step
+    stored = saved.read_constants(step)
+    config = from_dict(ExperimentConfig, stored["config"])
+    hashing = stored["hash"] and NgramHash.from_dict(stored["hash"])
+    compression = None
+    if hashing is not None:
+      compression = TokenCompression.load(
+        folder.compression, digest=stored["compression_digest"]
+      )
+    graph, _, _ = abstract_model(config.model)
+    program = Program.create(
+      config.model,
+      config.train,
+      graph,
+      hashing=hashing,
+      compression=compression,
+    )
+    template = jax.eval_shape(lambda: new_state(program))
+    params, balance, tables = saved.restore_weights(template, step=step)
+  return TrainedModel(
+    config=config,
+    step=step,
+    model=nnx.merge(graph, params, balance),
+    tables=tables,
+    hashing=hashing,
+    compression=compression,
+    tokenizer=load_tokenizer(folder.tokenizer),
+    program=program,
+  )
+
+
+def new_state(program: Program):
+  """The state at the start of the program's run. Pure: jit it."""
+  return init_state(
+    jax.random.key(program.train.seed),
+    program.model,
+    program.hashing,
+    optimizer=program.optimizer,
+    row_optimizer=program.row_optimizer,
+  )

@@ -1,0 +1,77 @@
+"""What the programs share: configs from files and flags, errors in one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from engram_jax.config import ExperimentConfig, from_dict, to_dict
+from engram_jax.errors import InputError
+from engram_jax.training.loop import NonFiniteError
+
+
+def as_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
+  """The config as the mutable thing that `--config.x.y=z` changes."""
+
+  def convert(value: Any) -> Any:
+    if isinstance(value, dict):
+      items = {name: convert(item) for name, item in value.items()}
+      return ml_collections.ConfigDict(items)
+    if value is None:
+      return ml_collections.config_dict.placeholder(object)
+    return tuple(value) if isinstance(value, list) else value
+
+  return convert(to_dict(config))
+
+
+def define_config() -> flags.FlagHolder:
+  """The flag `--config=FILE.py`, whose fields are flags too."""
+  return config_flags.DEFINE_config_file(
+    "config", None, "Config file; override a field by --config.train.steps=10"
+  )
+
+
+def frozen(config: ml_collections.ConfigDict) -> ExperimentConfig:
+  """The checked, immutable config.
+
+  Raises:
+    InputError: a field that is unknown, missing, or does not fit.
+  """
+  return from_dict(ExperimentConfig, config.to_dict())
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+  """`app.run`, where a user's mistake ends in one line and exit status 2."""
+
+  def fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, OSError) as error:
+      # How ml_collections speaks of an unknown field or a missing file.
+      fail(" ".join(str(error.args[-1]).split()), 2)
+
+  def guarded(argv: Sequence[str]) -> None:
+    # The programs say what they do themselves; Orbax and TFDS would say more.
+    logging.set_verbosity(logging.WARNING)
+    try:
+      main(argv)
+    except InputError as error:
+      fail(str(error), 2)
+    except NonFiniteError as error:
+      fail(str(error), 1)
+
+  app.run(guarded, flags_parser=parse)
+
+
+def table(rows: Sequence[tuple[str, str]], title: str) -> str:
+  """Two columns of text under a title, for the terminal."""
+  width = max(len(name) for name, _ in rows)
+  lines = [f"{name:<{width}}  {value}" for name, value in rows]
+  return "\n".join([title, "-" * len(title), *lines])

@@ -1,0 +1,1 @@
+"""Configs of the programs: `--config=experiments/configs/NAME.py`."""

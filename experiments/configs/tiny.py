@@ -1,0 +1,66 @@
+"""A small Engram mixture of experts on the Python standard library's sources.
+
+For two cores without an accelerator: about three minutes of training. The
+expected losses are in README.md; the command is
+
+  python -m experiments.pretrain --config=experiments/configs/tiny.py \
+    --workdir=runs/tiny
+"""
+
+import ml_collections
+
+from engram_jax.config import (
+  AttentionConfig,
+  DataConfig,
+  EngramConfig,
+  ExperimentConfig,
+  ModelConfig,
+  MoEConfig,
+  TrainConfig,
+)
+from experiments.cli import as_config_dict
+
+
+def experiment() -> ExperimentConfig:
+  """The config, frozen."""
+  hidden_size = 128
+  model = ModelConfig(
+    vocab_size=4096,
+    hidden_size=hidden_size,
+    num_layers=4,
+    # Keys are as wide as values (32 + 16), so that attention goes through
+    # jax.nn.dot_product_attention.
+    attention=AttentionConfig(
+      num_heads=4, nope_dim=32, rope_dim=16, value_dim=48, kv_rank=64
+    ),
+    dense_size=384,
+    moe=MoEConfig(num_experts=32, top_k=2, expert_size=64, num_shared=1),
+    # The second block and the middle, as in the paper; both n-gram orders.
+    engram=EngramConfig(
+      hidden_size=hidden_size,
+      layers=(1, 2),
+      rows_per_head=(8192, 8192),
+      heads=4,
+      head_dim=16,
+      pad_id=0,
+    ),
+  )
+  return ExperimentConfig(
+    model=model,
+    data=DataConfig(vocab_size=4096),
+    train=TrainConfig(
+      steps=600,
+      batch_size=8,
+      seq_len=256,
+      learning_rate=3e-3,
+      warmup_steps=30,
+      eval_every=100,
+      eval_batches=10,
+      checkpoint_every=200,
+    ),
+  )
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """What `--config` reads."""
+  return as_config_dict(experiment())

@@ -1,0 +1,299 @@
+"""The whole model: causality, documents, memory on and off, sizes, dtypes.
+
+That a step equals the whole sequence is tested in `tests/decoding`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engram_jax.backbone.transformer import Transformer, document_layout
+from engram_jax.config import (
+  AttentionConfig,
+  EngramConfig,
+  ModelConfig,
+  MoEConfig,
+)
+from engram_jax.errors import InputError
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import retrieve
+from engram_jax.types import Break
+
+BATCH, LENGTH, VOCAB, WIDTH = 2, 10, 20, 32
+MEMORY = EngramConfig(
+  hidden_size=WIDTH,
+  layers=(2, 0),
+  rows_per_head=(60, 70),
+  heads=2,
+  head_dim=4,
+  pad_id=0,
+  conv_kernel_size=3,
+  conv_dilation=2,
+)
+CONFIG = ModelConfig(
+  vocab_size=VOCAB,
+  hidden_size=WIDTH,
+  num_layers=3,
+  attention=AttentionConfig(
+    num_heads=2, nope_dim=8, rope_dim=4, value_dim=6, kv_rank=8
+  ),
+  dense_size=16,
+  moe=MoEConfig(num_experts=4, top_k=2, expert_size=8, num_shared=1),
+  engram=MEMORY,
+)
+HASHING = NgramHash.create(
+  vocab_size=VOCAB, rows_per_head=(60, 70), heads=2, layers=(2, 0), pad_id=0
+)
+
+
+def shapes_of(config):
+  """The model without values: its graph, and shapes for its arrays."""
+  return jax.eval_shape(
+    lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(params=0)))
+  )
+
+
+@functools.cache
+def make(config=CONFIG):
+  """A model with loud weights, the convolution's and the biases' too."""
+  graph, shapes = shapes_of(config)
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    value = 0.3 * rng.normal(size=leaf.shape) + ("scale" in str(path))
+    return jnp.asarray(value, jnp.float32)
+
+  return nnx.merge(graph, jax.tree.map_with_path(draw, shapes))
+
+
+@pytest.fixture(scope="module")
+def tables():
+  rng = np.random.default_rng(1)
+  return {
+    layer: jnp.asarray(rng.normal(size=(rows, 4)), jnp.float32)
+    for layer, rows in HASHING.num_rows.items()
+  }
+
+
+@jax.jit
+def forward(model, token_ids, rows, breaks=None):
+  """Experts without drops: no token then depends on its neighbours'."""
+  return model(token_ids, rows, breaks=breaks, dispatch="dropless")
+
+
+@jax.jit
+def read(tables, token_ids, breaks=None):
+  return retrieve(tables, HASHING, token_ids, breaks=breaks).rows
+
+
+def tokens(seed=0):
+  ids = np.random.default_rng(seed).integers(1, VOCAB, (BATCH, LENGTH))
+  return jnp.asarray(ids, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def output(tables):
+  return forward(make(), tokens(), read(tables, tokens()))
+
+
+def test_shapes_and_dtypes(output):
+  assert output.logits.shape == (BATCH, LENGTH, VOCAB)
+  assert output.logits.dtype == jnp.float32
+  assert output.cache is None
+  assert set(output.gates) == {0, 2}
+  for gates in output.gates.values():
+    # The axis of the residual streams is there even for one.
+    assert gates.shape == (BATCH, LENGTH, 1)
+    assert ((gates > 0) & (gates < 1)).all()
+  assert len(output.moe) == 2
+  for metrics in output.moe:
+    assert metrics.load.sum() == BATCH * LENGTH * CONFIG.moe.top_k
+    assert metrics.dropped == 0
+
+
+@pytest.mark.parametrize("place", [0, 3, LENGTH - 1])
+def test_a_token_changes_nothing_before_it(tables, output, place):
+  ids = tokens()
+  changed = ids.at[0, place].set(ids[0, place] % (VOCAB - 1) + 1)
+  after = forward(make(), changed, read(tables, changed)).logits
+  before = output.logits
+  np.testing.assert_array_equal(after[0, :place], before[0, :place])
+  np.testing.assert_array_equal(after[1], before[1])
+  assert (after[0, place] != before[0, place]).any()
+  # It does change what comes after, through memory, convolution, attention.
+  assert (after[0, place:] != before[0, place:]).any(axis=-1).all()
+
+
+def test_packed_documents_equal_each_alone(tables):
+  ids = tokens(1)
+  breaks = jnp.zeros((BATCH, LENGTH), jnp.int8)
+  starts = {0: (0, 4, 5), 1: (3,)}
+  for b, places in starts.items():
+    breaks = breaks.at[b, jnp.array(places)].set(Break.DOCUMENT_START)
+  packed = forward(make(), ids, read(tables, ids, breaks), breaks).logits
+  unpacked = forward(make(), ids, read(tables, ids, 0 * breaks), 0 * breaks)
+  assert np.abs(packed[0, 4:] - unpacked.logits[0, 4:]).max() > 0.1
+
+  for b, places in starts.items():
+    edges = sorted({0, *places, LENGTH})
+    for start, stop in zip(edges[:-1], edges[1:]):
+      # Filled up behind: a document does not see what follows it.
+      alone = jnp.roll(ids, -start, axis=1)
+      found = forward(make(), alone, read(tables, alone)).logits
+      np.testing.assert_allclose(
+        packed[b, start:stop],
+        found[b, : stop - start],
+        rtol=1e-4,
+        atol=1e-4,
+      )
+
+
+def test_boolean_breaks_are_document_starts(tables):
+  ids, starts = tokens(1), jnp.zeros((BATCH, LENGTH), bool).at[:, 4].set(True)
+  kinds = starts.astype(jnp.int8) * Break.DOCUMENT_START
+  as_bool = forward(make(), ids, read(tables, ids, starts), starts).logits
+  as_kind = forward(make(), ids, read(tables, ids, kinds), kinds).logits
+  np.testing.assert_array_equal(as_bool, as_kind)
+
+
+def test_positions_without_text_get_no_memory(tables):
+  ids = tokens(1)
+  breaks = jnp.zeros((BATCH, LENGTH), jnp.int8).at[0, 3:6].set(Break.NON_TEXT)
+  found = forward(make(), ids, read(tables, ids, breaks), breaks)
+  for gates in found.gates.values():
+    assert not gates[0, 3:6].any() and gates[0, :3].all()
+
+
+def test_document_layout():
+  breaks = jnp.array([[0, 0, 1, 2, 1, 0], [1, 0, 0, 0, 0, 1]], jnp.int8)
+  positions, segments = document_layout(breaks)
+  assert positions.tolist() == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 0]]
+  assert segments.tolist() == [[0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 1, 2]]
+
+
+def test_memory_off_is_the_model_without_it(tables, output):
+  config = dataclasses.replace(CONFIG, engram=None)
+  graph, _ = shapes_of(config)
+  paths = nnx.to_flat_state(nnx.state(make()))
+  kept = [(path, leaf) for path, leaf in paths if "engram" not in path]
+  assert len(kept) < len(list(paths))
+  plain = nnx.merge(graph, nnx.from_flat_state(kept))
+  expected = forward(plain, tokens(), None)
+  off = forward(make(), tokens(), None)
+  assert expected.gates == off.gates == {}
+  np.testing.assert_allclose(off.logits, expected.logits, rtol=1e-6, atol=1e-6)
+  # Rows of zeros say nothing either: the projections have no bias.
+  silent = jax.tree.map(jnp.zeros_like, read(tables, tokens()))
+  muted = forward(make(), tokens(), silent).logits
+  np.testing.assert_allclose(muted, expected.logits, rtol=1e-5, atol=1e-5)
+  assert np.abs(output.logits - off.logits).max() > 0.1
+
+
+def test_a_head_of_its_own(tables, output):
+  tied, config = make(), dataclasses.replace(CONFIG, tie_embeddings=False)
+  assert tied.head is None
+  graph, state = nnx.split(make(config))
+  assert state["head"].shape == (WIDTH, VOCAB)
+  # With the tied model's arrays, and its embedding as head.
+  flat = dict(nnx.to_flat_state(nnx.state(tied)))
+  flat["head",] = nnx.Param(tied.embedding.table[...].T)
+  same = nnx.merge(graph, nnx.from_flat_state(flat))
+  found = forward(same, tokens(), read(tables, tokens())).logits
+  np.testing.assert_allclose(found, output.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_get_gradients_only_from_later_losses(tables):
+  rows, last = read(tables, tokens()), 5
+
+  def loss(rows):
+    logits = forward(make(), tokens(), rows).logits
+    chances = jax.nn.log_softmax(logits[:, : last + 1])
+    return -jnp.mean(chances[..., 3])
+
+  gradients = jax.grad(loss)(rows)
+  for layer in (0, 2):
+    found = gradients[layer]
+    assert found.shape == rows[layer].shape
+    assert not found[:, last + 1 :].any()
+    assert jnp.abs(found[:, : last + 1]).max(axis=(2, 3)).all()
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_parameters(tables, output):
+  engram = dataclasses.replace(MEMORY, dtype="bfloat16")
+  config = dataclasses.replace(CONFIG, dtype="bfloat16", engram=engram)
+  model = make(config)
+  _, shapes = shapes_of(config)
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
+    jnp.dtype("float32")
+  }
+  found = forward(model, tokens(), read(tables, tokens()))
+  assert found.logits.dtype == jnp.float32
+  assert found.gates[0].dtype == jnp.float32
+  assert jnp.isfinite(found.logits).all()
+  error = jnp.abs(found.logits - output.logits)
+  # One of 256 steps per factor of two, and a few of them add up.
+  assert 0 < jnp.median(error) < 0.05 * jnp.std(output.logits)
+  cache = jax.eval_shape(lambda model: model.init_cache(2, 8), model)
+  assert cache.attention[0].latent.dtype == jnp.bfloat16
+  assert cache.conv[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("memory", [MEMORY, None], ids=["memory", "plain"])
+def test_number_of_parameters(tied, memory):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied, engram=memory)
+  _, shapes = shapes_of(config)
+  found = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+  heads, nope, rope, value, rank = 2, 8, 4, 6, 8
+  attention = WIDTH * (rank + rope) + rank  # latent, its norm, rotary key
+  attention += rank * heads * (nope + value)  # keys and values of the heads
+  attention += WIDTH * heads * (nope + rope)  # queries
+  attention += heads * value * WIDTH  # output
+  norms = 2 * WIDTH
+  dense = 3 * WIDTH * 16
+  experts, size = 4, 8
+  moe = WIDTH * experts + experts  # router and balancing bias
+  moe += 3 * WIDTH * size * (experts + 1)  # one shared
+  expected = 3 * (attention + norms) + dense + 2 * moe
+  expected += VOCAB * WIDTH * (1 if tied else 2) + WIDTH
+  if memory is not None:
+    entry = 2 * 2 * 4  # K = 4 columns of 4
+    one = 2 * entry * WIDTH  # key and value projections
+    one += 2 * WIDTH  # norms of the gate
+    one += WIDTH + 3 * WIDTH  # norm and three taps of the convolution
+    expected += 2 * one
+  assert found == expected
+
+
+def test_the_model_is_a_pytree(tables):
+  leaves, tree = jax.tree.flatten(make())
+  assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+  doubled = jax.jit(lambda model: jax.tree.map(lambda x: 2 * x, model))(make())
+  assert jax.tree.structure(doubled) == tree
+  assert isinstance(doubled, Transformer) and doubled.config == CONFIG
+  embedding = 2 * make().embedding.table[...]
+  np.testing.assert_array_equal(doubled.embedding.table[...], embedding)
+
+
+def test_refusals(tables):
+  model, ids = make(), tokens()
+  rows = read(tables, ids)
+  plain = make(dataclasses.replace(CONFIG, engram=None))
+  wrong = [
+    (model, {0: rows[0]}, r"rows: \[0\]; valid: .*\[0, 2\], or None"),
+    (model, {}, r"rows: \[\]; valid: .*\[0, 2\]"),
+    (model, rows | {1: rows[0]}, r"rows: \[0, 1, 2\]"),
+    (plain, rows, r"rows: \[0, 2\]; valid: .*\[\]"),
+    (model, rows | {0: rows[0][:, :, :3]}, "K \\* d = 16"),
+  ]
+  for which, bad, message in wrong:
+    with pytest.raises(InputError, match=message):
+      jax.eval_shape(which, ids, bad)
+  with pytest.raises(InputError, match="dispatch: sparse"):
+    jax.eval_shape(lambda: model(ids, rows, dispatch="sparse"))

@@ -1,0 +1,135 @@
+"""One tiny model in several kinds, and its plain forward pass.
+
+Nothing of engram_jax is imported at the top: see `tests/conftest.py`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+# Raw ids 24 to 27 are the model's alone; 0 is the pad token.
+VOCAB, MODEL_VOCAB, PAD = 24, 28, 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+  """A model with everything that decoding takes."""
+
+  model: Any
+  tables: Any
+  hashing: Any
+  compression: Any
+
+  @property
+  def parts(self):
+    """The arguments that most functions begin with."""
+    return self.model, self.tables, self.hashing, self.compression
+
+  def logits(self, token_ids, *, memory=True):
+    """The full forward pass [B, L, V], no cache, experts without drops."""
+    hashing, compression = self.hashing, self.compression
+    if not memory:
+      hashing = compression = None
+    return np.asarray(
+      _forward(self.model, self.tables, hashing, compression, token_ids)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _forward(model, tables, hashing, compression, token_ids):
+  from engram_jax.memory.retrieval import retrieve
+
+  rows = None
+  if hashing is not None:
+    rows = retrieve(tables, hashing, compression(token_ids)).rows
+  return model(token_ids, rows, dispatch="dropless").logits
+
+
+@functools.cache
+def make_tiny(kind):
+  """`conv`, `bare` (a memory without convolution) or `plain` (no memory)."""
+  from engram_jax import config as configs
+  from engram_jax.backbone.transformer import Transformer
+  from engram_jax.memory.compression import TokenCompression
+  from engram_jax.memory.hashing import NgramHash
+
+  width, memory, hashing, compression, tables = 32, None, None, None, None
+  if kind != "plain":
+    memory = configs.EngramConfig(
+      hidden_size=width,
+      layers=(0, 2),
+      rows_per_head=(60, 70),
+      heads=2,
+      head_dim=4,
+      pad_id=PAD,
+      short_conv=kind == "conv",
+      conv_kernel_size=3,
+      conv_dilation=2,
+    )
+    # Neighbouring ids read alike.
+    compression = TokenCompression.from_canonical_ids(np.arange(VOCAB) // 2)
+    hashing = NgramHash.create(
+      vocab_size=compression.size,
+      rows_per_head=memory.rows_per_head,
+      heads=memory.heads,
+      layers=memory.layers,
+      pad_id=int(compression.canonical_ids[PAD]),
+    )
+    rng = np.random.default_rng(1)
+    tables = {
+      layer: jnp.asarray(rng.normal(size=(rows, memory.head_dim)), jnp.float32)
+      for layer, rows in hashing.num_rows.items()
+    }
+  config = configs.ModelConfig(
+    vocab_size=MODEL_VOCAB,
+    hidden_size=width,
+    num_layers=3,
+    attention=configs.AttentionConfig(
+      num_heads=2, nope_dim=8, rope_dim=4, value_dim=8, kv_rank=8
+    ),
+    dense_size=16,
+    # Buckets so small that a decoder which used them would be found out.
+    moe=configs.MoEConfig(
+      num_experts=4, top_k=2, expert_size=8, num_shared=1, capacity_factor=0.5
+    ),
+    engram=memory,
+  )
+
+  # Filled by NumPy: to compile the drawing of each array takes longer than all
+  # else. Loud weights, and a convolution that does not start at zero.
+  graph, shapes = jax.eval_shape(
+    lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(params=0)))
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map_with_path(
+    lambda path, leaf: jnp.asarray(
+      0.3 * rng.normal(size=leaf.shape) + ("scale" in str(path)), jnp.float32
+    ),
+    shapes,
+  )
+  model = nnx.merge(graph, params)
+  return Tiny(model, tables, hashing, compression)
+
+
+@pytest.fixture(scope="session", params=["conv", "bare", "plain"])
+def every_tiny(request):
+  """The tiny model in all its kinds."""
+  return make_tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """The tiny model with memory and convolution."""
+  return make_tiny("conv")
+
+
+@pytest.fixture(scope="session")
+def tiny_plain():
+  """The tiny model without a memory."""
+  return make_tiny("plain")

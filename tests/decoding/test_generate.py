@@ -1,0 +1,164 @@
+"""Generation against the full forward pass, batches, ends, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.decoding import generate as generation
+from engram_jax.decoding.generate import (
+  NO_TOKEN,
+  generate,
+  generate_all,
+  pad_prompts,
+)
+from engram_jax.errors import InputError
+
+KEY = jax.random.key(0)
+PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
+STEPS = 6
+# The tokens that may be drawn: neither the pad token nor the model's surplus.
+DRAWN = slice(1, 24)
+
+
+def recomputed(tiny, prompts, *, memory=True):
+  """Greedy decoding without a cache: all from the start, every time."""
+  rows = [list(prompt) for prompt in prompts]
+  for _ in range(STEPS):
+    ids = np.zeros((len(rows), 12), np.int32)
+    for row, tokens in zip(ids, rows):
+      row[: len(tokens)] = tokens
+    logits = tiny.logits(jnp.asarray(ids), memory=memory)
+    for b, tokens in enumerate(rows):
+      best = logits[b, len(tokens) - 1, DRAWN].argmax()
+      tokens.append(int(best) + DRAWN.start)
+  return [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny):
+  return generate_all(*tiny.parts, PROMPTS, max_new_tokens=STEPS, key=KEY)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(tiny, greedy):
+  assert greedy == recomputed(tiny, PROMPTS)
+  assert len({tuple(row) for row in greedy}) == 3
+
+
+def test_memory_off_and_a_model_without_memory(tiny, tiny_plain, greedy):
+  options = {"max_new_tokens": STEPS, "key": KEY}
+  off = generate_all(*tiny.parts, PROMPTS, memory="off", **options)
+  assert off == recomputed(tiny, PROMPTS, memory=False) != greedy
+  plain = generate_all(
+    *tiny_plain.parts, PROMPTS, vocab_size=24, pad_id=0, **options
+  )
+  assert plain == recomputed(tiny_plain, PROMPTS)
+
+
+def test_a_batch_equals_each_prompt_alone(tiny, greedy):
+  # Three prompts at once or the same one three times: one compiled program.
+  for i, prompt in enumerate(PROMPTS):
+    alone = generate_all(
+      *tiny.parts, [prompt] * 3, max_new_tokens=STEPS, key=KEY
+    )
+    assert alone == [greedy[i]] * 3
+
+
+def test_sampling_does_not_feel_the_neighbours(tiny):
+  def draw(prompts, seed=0, **options):
+    key = jax.random.key(seed)
+    return generate_all(
+      *tiny.parts,
+      prompts,
+      max_new_tokens=STEPS,
+      key=key,
+      temperature=2.0,
+      **options,
+    )
+
+  first = draw(PROMPTS)
+  assert draw(PROMPTS) == first
+  assert draw([PROMPTS[0], [9, 9], [8]])[0] == first[0]
+  assert draw(PROMPTS, seed=1) != first
+  # The same prompt three times: three streams, and every step its own.
+  same = draw([PROMPTS[0]] * 3)
+  assert len({tuple(row) for row in same}) == 3
+  assert draw(PROMPTS, top_k=1) == generate_all(
+    *tiny.parts, PROMPTS, max_new_tokens=STEPS, key=KEY
+  )
+
+
+def test_only_the_tokenizers_tokens_are_drawn(tiny):
+  seen = set()
+  for step in generate(
+    *tiny.parts, PROMPTS, max_new_tokens=50, key=KEY, temperature=1e3
+  ):
+    seen.update(step.tokens.tolist())
+  assert seen == set(range(1, 24))
+
+
+def test_the_end_token_ends_its_sequence(tiny, greedy):
+  # A token that the first sequence reaches before its last step.
+  end_id = greedy[0][2]
+  expected = []
+  for row in greedy:
+    end = row.index(end_id) + 1 if end_id in row else len(row)
+    expected.append(row[:end])
+  options = {"max_new_tokens": STEPS, "key": KEY, "end_id": end_id}
+  steps = list(generate(*tiny.parts, PROMPTS, **options))
+  assert generate_all(*tiny.parts, PROMPTS, **options) == expected
+  assert expected[0][-1] == end_id and len(expected[0]) <= 3
+  assert len(steps) == max(map(len, expected))
+  for t, step in enumerate(steps):
+    assert step.tokens.shape == step.finished.shape == (3,)
+    for token, done, row in zip(*step, expected):
+      assert token == (row[t] if t < len(row) else NO_TOKEN)
+      assert done == (end_id in row and t + 1 >= len(row))
+  # When all have ended nothing is computed any more.
+  alone = generate(*tiny.parts, [PROMPTS[0]] * 3, **options)
+  assert len(list(alone)) == len(expected[0])
+
+
+def test_prompts_of_other_lengths_compile_nothing(tiny, greedy):
+  programs = (generation._prefill, generation._step, generation._sample)
+  sizes = [program._cache_size() for program in programs]
+  other = [[2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+  generate_all(*tiny.parts, other, max_new_tokens=5, key=KEY)
+  assert [program._cache_size() for program in programs] == sizes
+
+
+def test_pad_prompts():
+  ids, lengths = pad_prompts([[1] * 17, [2, 3]], vocab_size=4)
+  assert ids.shape == (2, 32) and lengths.tolist() == [17, 2]
+  assert ids[1].tolist() == [2, 3] + [0] * 30
+  assert ids.dtype == lengths.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"prompts": []}, "prompts: none"),
+    ({"prompts": [[1], []]}, r"prompts\[1\]: empty"),
+    ({"prompts": [[1], [2, 24]]}, r"prompts\[1\]: 24; valid: .* < 24"),
+    ({"prompts": [[-1]]}, r"prompts\[0\]: -1"),
+    ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+    ({"temperature": -0.5}, "temperature: -0.5"),
+    ({"top_k": 0}, "top_k: 0"),
+    ({"top_p": 0.0}, "top_p: 0.0"),
+    ({"end_id": 24}, "end_id: 24"),
+    ({"end_id": -1}, "end_id: -1"),
+    ({"end_id": 0}, "end_id: 0; valid: an id that can be drawn"),
+    ({"vocab_size": 29}, "vocab_size: 29; valid: 1 to .*28"),
+    ({"pad_id": 24}, "pad_id: 24"),
+    ({"memory": "shuffled"}, "memory: shuffled; valid: on or off"),
+    ({"tables": None}, "tables: None; valid: .* memory='off'"),
+    ({"hashing": None}, "hashing: None; valid: .* memory='off'"),
+    ({"compression": None}, "compression: None; valid: .* memory='off'"),
+  ],
+)
+def test_refusals_at_the_call(tiny, change, message):
+  names = ("model", "tables", "hashing", "compression")
+  arguments = dict(zip(names, tiny.parts))
+  arguments |= {"prompts": PROMPTS, "max_new_tokens": 3, "key": KEY}
+  with pytest.raises(InputError, match=f"^{message}"):
+    generate(**(arguments | change))
