@@ -86,7 +86,9 @@ def gate_pages(
   bar = place(_MARGIN, _MARGIN + 24, _BAR, 9)
   ticks = np.linspace(*limits, 5)
   bar_axis = figure.colorbar(colors, cax=bar, orientation="horizontal")
-  bar_axis.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+  # As many decimals as tell two ticks apart.
+  decimals = max(2, math.ceil(1 - math.log10(limits[1] - limits[0])))
+  bar_axis.set_ticks(ticks, labels=[f"{x:.{min(decimals, 4)}f}" for x in ticks])
   bar_axis.outline.set_linewidth(0.6)
   bar.tick_params(labelsize=8, length=2, pad=2)
   text = "gate (1: all of the memory)"

@@ -124,7 +124,7 @@ def plot_loss(
 
 
 def plot_lines(
-  lines: Mapping[str, tuple[Sequence[float], Any]],
+  lines: Mapping[str, tuple[Any, Any]],
   path: str | os.PathLike[str],
   *,
   title: str,
@@ -136,7 +136,8 @@ def plot_lines(
   """Lines of a sweep: the mean over seeds, bars from the least to the most.
 
   Args:
-    lines: by name, x [n] and the values [n, seeds] (or [n] for one seed).
+    lines: by name, x [n] and the values [n, seeds] (or [n] for one seed),
+      arrays or what makes one.
     path: a .png file to write.
     title: over the picture.
     xlabel: with its unit.

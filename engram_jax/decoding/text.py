@@ -27,7 +27,8 @@ def byte_alphabet() -> dict[str, int]:
 class TextStream:
   """Turns one sequence's tokens into text piece by piece; holds what is left.
 
-  Special tokens are no text. Bytes that are no UTF-8 become U+FFFD.
+  Special tokens are no text. Bytes that are no UTF-8 become U+FFFD. Of a batch,
+  leave out where `generate` yields `NO_TOKEN`: that is no token id.
 
   Example:
     >>> stream = TextStream(tokenizer)

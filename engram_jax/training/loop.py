@@ -23,6 +23,7 @@ from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.evaluation import make_eval_step, mean_loss
 from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.runs import (
   RunFolder,
@@ -33,7 +34,7 @@ from engram_jax.training.runs import (
   save_tokenizer_of_run,
 )
 from engram_jax.training.state import TrainState, abstract_model
-from engram_jax.training.step import Program, make_eval_step, make_train_step
+from engram_jax.training.step import Program, make_train_step
 
 
 class NonFiniteError(RuntimeError):
@@ -111,7 +112,9 @@ def run(
       process_count=jax.process_count(),
     )
   )
-  evaluation = list(_evaluation_batches(config, data))
+  evaluation = (
+    list(evaluation_batches(config, data)) if train.eval_every else []
+  )
 
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(
@@ -154,25 +157,11 @@ def run(
   )
 
 
-def mean_loss(eval_step, state: TrainState, batches_: list) -> float:
-  """Nats per token over batches, every target counted once.
-
-  Args:
-    eval_step: from `make_eval_step`.
-    state: a training state.
-    batches_: batches, possibly with masked padding.
-  """
-  sums = [jax.device_get(eval_step(state, batch)) for batch in batches_]
-  return float(sum(s for s, _ in sums)) / max(int(sum(n for _, n in sums)), 1)
-
-
-def _evaluation_batches(
+def evaluation_batches(
   config: ExperimentConfig, data: PreparedData
 ) -> Iterator[dict[str, np.ndarray]]:
   """The same first batches of the validation split at every evaluation."""
   train = config.train
-  if not train.eval_every:
-    return
   held_out = batches(
     data,
     "validation",
@@ -281,7 +270,12 @@ class _Loop:
     every, loss = self.train_config.eval_every, None
     # A checkpoint competes for the best by a loss of its own step.
     if every and (step % every == 0 or saves):
-      loss = mean_loss(self.eval_step, state, self.evaluation)
+      loss = mean_loss(
+        self.eval_step,
+        self.program.model_of(state),
+        state.tables,
+        self.evaluation,
+      )
       self.writer.write(step, {"loss": loss}, kind="eval")
     if saves:
       self.saved.save(

@@ -54,7 +54,9 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
       that would share a name.
   """
   numbers: dict[str, float] = {}
-  for name, value in jax.device_get(dict(metrics)).items():
+  on_host = jax.device_get(dict(metrics))  # all at once; sorts the names
+  for name in metrics:
+    value = on_host[name]
     array = np.asarray(value)
     # bfloat16, which NumPy calls kind V, is a number too.
     numeric = array.dtype.kind in "biuf" or array.dtype.name == "bfloat16"

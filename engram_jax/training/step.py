@@ -20,16 +20,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engram_jax.backbone.moe import max_violation, updated_bias
+from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig, TrainConfig
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import retrieve, shuffle_row_ids
+from engram_jax.memory.retrieval import retrieve
 from engram_jax.memory.row_optimizers import (
   RowOptimizer,
   squared_norm,
   sum_duplicates,
 )
-from engram_jax.memory.table import lookup
 from engram_jax.training.optimizers import backbone_optimizer, table_optimizer
 from engram_jax.training.schedules import warmup_step_decay
 from engram_jax.training.state import TrainState
@@ -84,6 +84,10 @@ class Program:
       row_optimizer=row_optimizer or table_optimizer(train),
       schedule=warmup_step_decay(train),
     )
+
+  def model_of(self, state: TrainState) -> Transformer:
+    """The transformer with the state's weights."""
+    return nnx.merge(self.graph, state.params, state.balance)
 
   def read(
     self, tables: Mapping[int, Array], batch: Batch
@@ -263,41 +267,3 @@ def make_train_step(
     return train_step(state, batch, program=program)
 
   return jax.jit(step, donate_argnums=0)
-
-
-#: How an evaluation uses the memory.
-MEMORY_MODES = ("on", "off", "shuffled")
-
-
-def make_eval_step(
-  program: Program, *, memory: str = "on"
-) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
-  """A jitted function of state and batch: (sum of losses, number of targets).
-
-  Args:
-    program: static.
-    memory: "on"; "off", no Engram layer adds anything; "shuffled", every
-      position reads the rows of another one, so that they are real rows that
-      mean nothing here.
-  """
-
-  def evaluate(state: TrainState, batch: Batch):
-    rows = None
-    if program.hashing is not None and memory != "off":
-      rows, row_ids = program.read(state.tables, batch)
-      if memory == "shuffled":
-        row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
-        rows = {i: lookup(state.tables[i], ids) for i, ids in row_ids.items()}
-    model = nnx.merge(program.graph, state.params, state.balance)
-    # Dropless, or the loss of a text would depend on its batch.
-    dispatch = None
-    if program.model.moe is not None:
-      ragged = program.model.moe.dispatch == "ragged"
-      dispatch = "ragged" if ragged else "dropless"
-    out = model(
-      batch["inputs"], rows, breaks=batch["breaks"], dispatch=dispatch
-    )
-    mask = batch["loss_mask"]
-    return cross_entropy(out.logits, batch["targets"], mask), jnp.sum(mask)
-
-  return jax.jit(evaluate)

@@ -5,6 +5,7 @@ That a step equals the whole sequence is tested in `tests/decoding`.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def test_packed_documents_equal_each_alone(tables):
 
   for b, places in starts.items():
     edges = sorted({0, *places, LENGTH})
-    for start, stop in zip(edges[:-1], edges[1:]):
+    for start, stop in itertools.pairwise(edges):
       # Filled up behind: a document does not see what follows it.
       alone = jnp.roll(ids, -start, axis=1)
       found = forward(make(), alone, read(tables, alone)).logits

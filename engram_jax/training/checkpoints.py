@@ -1,0 +1,485 @@
+"""Checkpoints: everything that a run needs to go on as if nothing happened.
+
+One folder per step, of separate items, each readable without the others:
+
+  backbone   parameters and balancing biases
+  memory     the tables (absent in a model without a memory)
+  optimizer  step, optax's state, the row optimizer's states
+  data       position of the Grain iterator, one file per process
+  constants  JSON: config, hash constants, digests, library versions
+  manifest   JSON: dtype, shape and checksum of every array; what else is here
+
+Arrays are stored by name (`state.flatten`), so that a checkpoint does not
+depend on how Flax or optax nest their containers.
+
+What may happen to a run, and what keeps a checkpoint right:
+  killed while saving     Orbax writes to a temporary folder and renames it;
+                          the next run removes what is left over.
+  killed while deleting   a checkpoint is renamed away before it is deleted.
+  donated while saving    `save` returns before the arrays are written, and the
+                          next step may take their buffers. Orbax has copied
+                          them to the host by then, except on CPU, where the
+                          "copy" is a view of the buffer. But a view counts as
+                          a reference, and JAX never writes into a buffer that
+                          has one: it lets that one step copy instead. So there
+                          is no copy here; a test stands in its place.
+  damaged files           refused: the checksums of the manifest do not fit.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array
+
+from engram_jax.errors import InputError, require
+from engram_jax.training.manifest import describe, require_same_arrays
+from engram_jax.training.state import TrainState, flatten, unflatten
+
+#: Fields of the config in which a run may differ from the one it continues:
+#: none of them alters a step. All the others do, the length of the run
+#: included, because the learning rate drops at shares of it.
+FREE_FIELDS = frozenset(
+  {
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.log_every",
+    "data.data_dir",
+  }
+)
+
+# Deleted checkpoints wait here: a rename is atomic, a deletion is not.
+_DELETED = "deleted"
+
+
+def check_constants(
+  found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+  """Refuses a checkpoint of another run.
+
+  Args:
+    found: a checkpoint's constants: nested dicts, lists and scalars.
+    expected: this run's. Their `versions` and, in `config`, `FREE_FIELDS` may
+      differ; a field of the config is named without "config." before it.
+
+  Raises:
+    InputError: the first field that differs, with both values.
+  """
+  difference = _difference(_plain(found), _plain(expected), path="")
+  if difference is not None:
+    path, was, wanted = difference
+    raise InputError(path, f"{was} in the checkpoint", wanted)
+
+
+_MISSING = object()
+
+
+def _difference(
+  found: Any, expected: Any, path: str
+) -> tuple[str, str, str] | None:
+  """Path and both values, as texts, of the first difference; None if equal."""
+  if path == "versions" or path.removeprefix("config.") in FREE_FIELDS:
+    return None
+  kind = type(expected)
+  if kind is not type(found) or kind not in (dict, list):
+    if kind is type(found) and found == expected:
+      return None
+    return path.removeprefix("config."), _brief(found), _brief(expected)
+  if kind is list:
+    if len(found) != len(expected):
+      return path.removeprefix("config."), _brief(found), _brief(expected)
+    steps = [
+      (pair, f"{path}[{i}]") for i, pair in enumerate(zip(found, expected))
+    ]
+  else:
+    prefix = f"{path}." if path else ""
+    steps = [
+      ((found.get(k, _MISSING), expected.get(k, _MISSING)), f"{prefix}{k}")
+      for k in dict.fromkeys([*expected, *found])
+    ]
+  differences = (_difference(*pair, path=step) for pair, step in steps)
+  return next((d for d in differences if d is not None), None)
+
+
+def _brief(value: Any) -> str:
+  text = "missing" if value is _MISSING else json.dumps(value)
+  return text if len(text) <= 70 else f"{text[:67]}..."
+
+
+def _plain(value: Any) -> Any:
+  """As it comes back from JSON: tuples as lists, keys as strings."""
+  return json.loads(json.dumps(value))
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one folder. Not for several threads.
+
+  Example:
+    >>> with Checkpoints(folder, keep_last=2, keep_best=1) as c:
+    ...   if c.latest_step() is not None:
+    ...     check_constants(c.read_constants(), constants)
+    ...     state = c.restore(state, data_iterator=iterator)
+    ...   ...
+    ...   c.save(step, state, data_iterator=iterator, constants=constants)
+  """
+
+  def __init__(
+    self, directory: str | os.PathLike, *, keep_last: int, keep_best: int
+  ):
+    """Makes the folder, or takes it over from a run that has ended.
+
+    Only one process (group) at a time may write to a folder: what an
+    unfinished save has left there is removed.
+
+    Args:
+      directory: the folder.
+      keep_last: newest checkpoints kept, at least 1.
+      keep_best: checkpoints of lowest evaluation loss kept besides.
+
+    Raises:
+      InputError: a number out of range, or damaged files.
+    """
+    require(keep_last >= 1, "keep_last", keep_last, "at least 1")
+    require(keep_best >= 0, "keep_best", keep_best, ">= 0")
+    self._open(directory, _Keep(keep_last, keep_best))
+
+  @classmethod
+  def open(cls, directory: str | os.PathLike) -> Self:
+    """The checkpoints in a folder, to be read; nothing there is changed.
+
+    Safe while a run is saving into the folder: what is there now is seen.
+
+    Raises:
+      InputError: the folder does not exist, or holds damaged files.
+    """
+    is_folder = pathlib.Path(directory).is_dir()
+    require(is_folder, "directory", directory, "a folder with checkpoints")
+    checkpoints = cls.__new__(cls)
+    checkpoints._open(directory, None)
+    return checkpoints
+
+  def _open(self, directory: str | os.PathLike, keep: "_Keep | None") -> None:
+    # Orbax takes absolute paths only.
+    self.directory = pathlib.Path(directory).expanduser().absolute()
+    self._read_only = keep is None
+    writing = {
+      "preservation_policy": keep,
+      "cleanup_tmp_directories": True,
+      "todelete_subdir": _DELETED,
+    }
+    options = ocp.CheckpointManagerOptions(
+      # Not Orbax's `read_only`, which warns of itself: `save` refuses.
+      create=not self._read_only,
+      # Without `best_fn` Orbax would store no metrics.
+      best_fn=lambda metrics: metrics["eval_loss"],
+      best_mode="min",
+      **({} if self._read_only else writing),
+    )
+    with _reading("directory", self.directory):
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      self._losses = {
+        step: metrics["eval_loss"]
+        for step in self._manager.all_steps()
+        if (metrics := self._manager.metrics(step)) is not None
+      }
+    self._purge()
+
+  # --- which there are ---
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints, ascending, one being written included."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest step; None if there is none."""
+    return max(self.steps(), default=None)
+
+  def best_step(self) -> int | None:
+    """The step of lowest evaluation loss; None if no checkpoint has one."""
+    steps = set(self.steps()) & set(self._losses)
+    return min(steps, key=lambda s: (self._losses[s], s), default=None)
+
+  # --- writing ---
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    data_iterator: grain.DatasetIterator | None = None,
+    constants: Mapping[str, Any],
+    eval_loss: float | None = None,
+  ) -> None:
+    """Starts to write a checkpoint and returns; waits for the one before.
+
+    The state may be donated and the iterator advanced as soon as this
+    returns. An error while writing is raised by the next call of `save`,
+    `wait` or `close`.
+
+    Args:
+      step: steps taken; `state.step`.
+      state: everything that a step changes.
+      data_iterator: its position is saved; None saves none.
+      constants: what the run is made of besides its arrays, ready for JSON:
+        `config`, hash, digests, `versions`; see `check_constants`.
+      eval_loss: lets the checkpoint compete for the best.
+
+    Raises:
+      InputError: a step that is not above all others or not the state's, or
+        a loss that is no number.
+    """
+    latest = self.latest_step()
+    valid = "a step to be saved by a writer, not by Checkpoints.open"
+    require(not self._read_only, "step", step, valid)
+    valid = f"a step after the latest checkpoint, {latest}"
+    require(latest is None or step > latest, "step", step, valid)
+    require(int(state.step) == step, "step", step, f"state.step, {state.step}")
+    finite = eval_loss is None or math.isfinite(eval_loss)
+    require(finite, "eval_loss", eval_loss, "a finite number, or None")
+
+    constants = _plain(constants)
+    items = {name: flatten(tree) for name, tree in _split(state).items()}
+    items = {name: arrays for name, arrays in items.items() if arrays}
+    manifest = {
+      "arrays": {name: describe(arrays) for name, arrays in items.items()},
+      "constants": _digest(constants),
+      "data": data_iterator is not None,
+    }
+    arguments = {
+      # Orbax refuses arrays without entries; the manifest has their shapes.
+      name: ocp.args.StandardSave({k: x for k, x in arrays.items() if x.size})
+      for name, arrays in items.items()
+    }
+    arguments["constants"] = ocp.args.JsonSave(constants)
+    arguments["manifest"] = ocp.args.JsonSave(manifest)
+    if data_iterator is not None:
+      arguments["data"] = grain.checkpoint.CheckpointSave(data_iterator)
+
+    self.wait()
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(**arguments),
+      metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)},
+      force=True,
+    )
+    if eval_loss is not None:
+      self._losses[step] = float(eval_loss)
+
+  def wait(self) -> None:
+    """Returns when nothing is being written; raises if writing failed."""
+    self._manager.wait_until_finished()
+    self._purge()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    self.wait()
+    self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
+
+  def _purge(self) -> None:
+    if not self._read_only and jax.process_index() == 0:
+      shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+
+  # --- reading ---
+
+  def read_constants(self, step: int | None = None) -> dict[str, Any]:
+    """The constants of a checkpoint.
+
+    Args:
+      step: None for the latest.
+
+    Raises:
+      InputError: no such checkpoint, or a damaged one.
+    """
+    step = self._resolve(step)
+    manifest = self._manifest(step)
+    constants = self._read(step, constants=ocp.args.JsonRestore())["constants"]
+    self._require_whole(
+      _digest(constants) == manifest["constants"], step, "constants"
+    )
+    return constants
+
+  def restore(
+    self,
+    template: TrainState,
+    *,
+    step: int | None = None,
+    data_iterator: grain.DatasetIterator | None = None,
+  ) -> TrainState:
+    """The state of a checkpoint, bit for bit.
+
+    Whether it is a checkpoint of this very run is for `check_constants`.
+
+    Args:
+      template: arrays or `jax.ShapeDtypeStruct`s of the shapes expected. The
+        result has their shardings, or lies on the first device where they
+        have none.
+      step: None for the latest.
+      data_iterator: is set to the saved position; None leaves it unread.
+
+    Raises:
+      InputError: no such checkpoint, a damaged one, or one with other arrays
+        than the template's.
+    """
+    step = self._resolve(step)
+    templates = _split(template)
+    restored = self._read_arrays(step, templates)
+    if data_iterator is not None:
+      saved = self._manifest(step)["data"]
+      valid = "a checkpoint that was saved with a data_iterator"
+      require(saved, "data_iterator", f"not in step {step}", valid)
+      self._read(step, data=grain.checkpoint.CheckpointRestore(data_iterator))
+    backbone, optimizer = restored["backbone"], restored["optimizer"]
+    return TrainState(**backbone, **restored["memory"], **optimizer)
+
+  def restore_weights(
+    self, template: TrainState, *, step: int | None = None
+  ) -> tuple[nnx.State, nnx.State, dict[int, Array]]:
+    """What inference needs: parameters, balancing biases and tables.
+
+    The optimizer's items are neither read nor looked at in the template.
+
+    Args:
+      template: as for `restore`; its `opt_state` and `table_states` may be
+        anything.
+      step: None for the latest.
+
+    Raises:
+      InputError: as `restore`.
+    """
+    step = self._resolve(step)
+    templates = _split(template)
+    del templates["optimizer"]
+    restored = self._read_arrays(step, templates)
+    backbone = restored["backbone"]
+    return backbone["params"], backbone["balance"], restored["memory"]["tables"]
+
+  def _resolve(self, step: int | None) -> int:
+    # One that is being written cannot be read yet.
+    self.wait()
+    steps = self.steps()
+    valid = "a folder with a whole checkpoint in it"
+    require(steps, "directory", f"no checkpoint in {self.directory}", valid)
+    valid = f"one of the steps {', '.join(map(str, steps))}"
+    require(step in (None, *steps), "step", step, valid)
+    return steps[-1] if step is None else step
+
+  def _read(self, step: int, **items: Any) -> Any:
+    (name,) = items
+    with _reading(name, self.directory / str(step)):
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+  def _manifest(self, step: int) -> dict[str, Any]:
+    manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
+    whole = {"arrays", "constants", "data"} <= set(manifest)
+    self._require_whole(whole, step, "manifest")
+    return manifest
+
+  def _read_arrays(
+    self, step: int, templates: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Trees like `templates`, by item, checked against the manifest."""
+    described = self._manifest(step)["arrays"]
+    flat = {name: flatten(tree) for name, tree in templates.items()}
+    for name, expected in flat.items():
+      # All of them before any is read: that can take long.
+      require_same_arrays(name, described.get(name, {}), expected)
+    restored = {}
+    for name, expected in flat.items():
+      structs = {k: _struct(x) for k, x in expected.items()}
+      stored = {k: s for k, s in structs.items() if s.size}
+      found = {}
+      if stored:
+        arguments = {name: ocp.args.StandardRestore(stored)}
+        found = dict(self._read(step, **arguments)[name])
+      for key, struct in structs.items():
+        if not struct.size:
+          empty = np.zeros(struct.shape, struct.dtype)
+          found[key] = jax.device_put(empty, struct.sharding)
+      for key, about in describe(found).items():
+        same = about == described[name][key]
+        self._require_whole(same, step, f"{name}/{key}")
+      restored[name] = unflatten(templates[name], found)
+    return restored
+
+  def _require_whole(self, whole: bool, step: int, what: str) -> None:
+    path = self.directory / str(step)
+    valid = f"an undamaged checkpoint in {path}; there are {self.steps()}"
+    require(whole, what, "not what was saved", valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+  """Orbax's PreservationPolicy: the newest, and the best of those rated."""
+
+  last: int
+  best: int
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    infos = sorted(checkpoints, key=lambda info: info.step)
+    rated = [info for info in infos if info.metrics is not None]
+    # The sort is stable: of equal losses the earlier one stays.
+    rated.sort(key=lambda info: info.metrics["eval_loss"])
+    kept = infos[-self.last :] + rated[: self.best]
+    steps = {info.step for info in kept}
+    return [info.step in steps for info in checkpoints]
+
+
+def _split(state: TrainState) -> dict[str, dict[str, Any]]:
+  """The parts of a state by the item that holds them."""
+  fields = {
+    "backbone": ("params", "balance"),
+    "memory": ("tables",),
+    "optimizer": ("step", "opt_state", "table_states"),
+  }
+  return {
+    item: {name: getattr(state, name) for name in names}
+    for item, names in fields.items()
+  }
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    # Said, or Orbax would take the devices of the run that saved.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(field: str, path: pathlib.Path) -> Iterator[None]:
+  """Turns what damaged files raise into an `InputError`."""
+  try:
+    yield
+  except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  # Orbax raises bare `Exception`s for damaged arrays, and JSON, file and zip
+  # errors for the rest.
+  except Exception as error:
+    kind = f"{type(error).__name__} in {path}"
+    raise InputError(field, kind, "undamaged files") from error

@@ -1,0 +1,143 @@
+"""Trains a model, shows what came out: the loss, the gates, a sample.
+
+  python -m experiments.pretrain --config=experiments/configs/tiny.py \
+    --workdir=runs/tiny
+
+Started again on the same workdir it goes on where it stopped.
+"""
+
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from engram_jax.analysis.accounting import count_parameters_by_part
+from engram_jax.analysis.gates import gate_map, token_texts
+from engram_jax.analysis.plots import plot_gates, plot_loss
+from engram_jax.data.pipeline import windows
+from engram_jax.data.tokenizers import END_ID
+from engram_jax.decoding.generate import generate_all
+from engram_jax.training.evaluation import (
+  MEMORY_MODES,
+  make_eval_step,
+  mean_loss,
+)
+from engram_jax.training.loop import RunResult, evaluation_batches, run
+from engram_jax.training.metrics import read_metrics
+from engram_jax.training.runs import write_whole
+from experiments import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_PROMPT = flags.DEFINE_string("prompt", "def main(", "Start of the sample.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+#: Tokens of the snippet whose gates are drawn, and of the sample.
+SNIPPET, SAMPLE = 240, 120
+
+
+def summarize(config, result: RunResult) -> dict:
+  """Losses with and without memory, parameters, speed."""
+  model = result.program.model_of(result.state)
+  held_out = list(evaluation_batches(config, result.data))
+  modes = MEMORY_MODES if result.program.hashing else ("on",)
+  losses = {
+    mode: mean_loss(
+      make_eval_step(result.program, memory=mode),
+      model,
+      result.state.tables,
+      held_out,
+    )
+    for mode in modes
+  }
+  return {
+    "step": int(result.state.step),
+    "validation_loss": losses,
+    "parameters": count_parameters_by_part(
+      config.model, result.program.hashing
+    ),
+    "tokens_per_second": result.tokens_per_second,
+    "compile_seconds": result.compile_seconds,
+    "skipped_steps": result.skipped_steps,
+  }
+
+
+def draw(result: RunResult) -> None:
+  """The loss curve, and the gates over a snippet of held-out text."""
+  folder = result.folder
+  plot_loss(
+    read_metrics(folder.metrics, "train"),
+    read_metrics(folder.metrics, "eval"),
+    folder.path / "loss.png",
+  )
+  if result.program.hashing is not None:
+    seq_len = min(SNIPPET, result.program.train.seq_len)
+    tokens = windows(result.data, "validation", seq_len=seq_len).read(
+      0, seq_len
+    )
+    gates = gate_map(
+      result.program.model_of(result.state),
+      result.state.tables,
+      result.program.hashing,
+      result.program.compression,
+      tokens,
+    )
+    texts = token_texts(result.data.tokenizer, tokens)
+    plot_gates(texts, gates, folder.path / "gates.png")
+
+
+def sample(result: RunResult, prompt: str) -> str:
+  """A continuation of `prompt`, prompt included."""
+  tokenizer, program = result.data.tokenizer, result.program
+  (tokens,) = generate_all(
+    program.model_of(result.state),
+    result.state.tables,
+    program.hashing,
+    program.compression,
+    [tokenizer.encode(prompt).ids],
+    max_new_tokens=SAMPLE,
+    key=jax.random.key(0),
+    temperature=0.7,
+    top_p=0.95,
+    end_id=END_ID,
+    vocab_size=tokenizer.get_vocab_size(),
+  )
+  return prompt + tokenizer.decode(tokens)
+
+
+def main(argv) -> None:
+  del argv
+  config = cli.frozen(_CONFIG.value)
+  result = run(config, _WORKDIR.value)
+  if not result.finished:
+    print(f"stopped at step {int(result.state.step)}; run again to continue")
+    return
+  folder = result.folder.path
+  summary = summarize(config, result)
+  draw(result)
+  text = sample(result, _PROMPT.value)
+  write_whole(folder / "sample.txt", text + "\n")
+  summary_path = pathlib.Path(folder / "summary.json")
+  write_whole(summary_path, json.dumps(summary, indent=2) + "\n")
+
+  print(f"\nA sample ({folder / 'sample.txt'}):\n\n{text}\n")
+  losses, parts = summary["validation_loss"], summary["parameters"]
+  names = {"on": "with memory", "off": "memory off", "shuffled": "wrong rows"}
+  rows = [
+    (f"validation loss, {names[mode]}", f"{loss:.4f} nats per token")
+    for mode, loss in losses.items()
+  ]
+  rows += [
+    ("parameters", f"{parts['total']:,}"),
+    ("  of them in tables", f"{parts['tables']:,}"),
+    ("  activated per token", f"{parts['activated']:,}"),
+    ("training speed", f"{summary['tokens_per_second']:,.0f} tokens/s"),
+    ("first step's compilation", f"{summary['compile_seconds']:.1f} s"),
+    ("everything is in", str(folder)),
+  ]
+  print(cli.table(rows, f"Step {summary['step']}"))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,110 @@
+"""Tests of the gates of a text."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from engram_jax.analysis.gates import gate_map, token_texts
+from engram_jax.backbone.transformer import Transformer
+from engram_jax.config import (
+  AttentionConfig,
+  EngramConfig,
+  ModelConfig,
+  MoEConfig,
+)
+from engram_jax.data.tokenizers import END_ID, train_tokenizer
+from engram_jax.errors import InputError
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.table import init_table
+from engram_jax.training.state import abstract_model
+
+CONFIG = ModelConfig(
+  vocab_size=40,
+  hidden_size=8,
+  num_layers=2,
+  attention=AttentionConfig(
+    num_heads=2, nope_dim=4, rope_dim=4, value_dim=4, kv_rank=4
+  ),
+  dense_size=8,
+  # A capacity that drops most assignments: the gates must not see it.
+  moe=MoEConfig(num_experts=4, top_k=2, expert_size=4, capacity_factor=0.1),
+  num_dense_layers=0,
+  init_std=0.5,  # so that what is dropped is heard
+  engram=EngramConfig(
+    hidden_size=8, layers=(0, 1), rows_per_head=(30, 30), heads=2, head_dim=4
+  ),
+)
+IDS = np.array([3, 4, 5, 3, 4, 5, 7, 39, 0, 3], np.int64)
+
+
+@pytest.fixture(scope="module")
+def arguments():
+  hashing = NgramHash.create(
+    vocab_size=40, rows_per_head=(30, 30), heads=2, layers=(0, 1), pad_id=2
+  )
+  tables = {
+    layer: init_table(jax.random.key(layer), rows, 4, std=1.0)
+    for layer, rows in hashing.num_rows.items()
+  }
+  model = nnx.jit(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0)))()
+  return model, tables, hashing, TokenCompression.identity(40)
+
+
+def test_gates_are_those_of_the_dropless_model(arguments):
+  model, tables, hashing, compression = arguments
+  gates = gate_map(*arguments, IDS)
+  assert sorted(gates) == [0, 1]
+  ids = jax.numpy.asarray(IDS, jax.numpy.int32)[None]
+  rows = retrieve(tables, hashing, compression(ids)).rows
+
+  @nnx.jit
+  def both(model):
+    forms = ("dropless", "bucketed")
+    return [model(ids, rows, dispatch=form).gates for form in forms]
+
+  expected, dropping = both(model)
+  for layer, gate in gates.items():
+    assert isinstance(gate, np.ndarray)
+    assert gate.shape == (10, 1) and gate.dtype == np.float32
+    assert (gate > 0).all() and (gate < 1).all()
+    np.testing.assert_allclose(gate, expected[layer][0], atol=1e-6)
+  assert np.abs(gates[1] - dropping[1][0]).max() > 1e-4
+
+
+def test_a_later_token_changes_no_gate_before_it(arguments):
+  whole = gate_map(*arguments, IDS)
+  other = gate_map(*arguments, np.append(IDS[:6], [8, 9, 10, 11]))
+  for layer, gate in whole.items():
+    np.testing.assert_allclose(other[layer][:6], gate[:6], atol=1e-6)
+    assert (other[layer][6:] != gate[6:]).all()
+
+
+def test_what_has_no_gates_is_refused(arguments):
+  model, *memory = arguments
+  with pytest.raises(InputError, match="no tokens"):
+    gate_map(model, *memory, IDS[:0])
+  with pytest.raises(InputError, match="40"):
+    gate_map(model, *memory, np.array([1, 40]))
+  without = dataclasses.replace(CONFIG, engram=None)
+  graph, *state = abstract_model(without)
+  with pytest.raises(InputError, match="engram"):
+    gate_map(nnx.merge(graph, *state), *memory, IDS)
+
+
+def test_token_texts_join_to_the_text_and_stay_aligned():
+  text = "def f(x):\n\treturn 'é漢🎉'  # e\u0301\n"
+  tokenizer = train_tokenizer(["def f(x):\n  return x\n"] * 5, vocab_size=270)
+  ids = tokenizer.encode(text).ids
+  texts = token_texts(tokenizer, ids)
+  assert len(texts) == len(ids)
+  assert "".join(texts) == text
+  assert "" in texts  # the first bytes of a character
+  assert token_texts(tokenizer, [*ids, END_ID]) == [*texts, ""]
+  assert token_texts(tokenizer, []) == []
+  cut = tokenizer.encode("é").ids[:1]
+  assert token_texts(tokenizer, cut) == ["\ufffd"]
