@@ -17,6 +17,7 @@ from engram_jax.errors import InputError, require
 
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dropless", "bucketed", "ragged")
+TABLE_OPTIMIZERS = ("lazy_adam", "lazy_adam_row_steps", "dense_adam")
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -338,8 +339,10 @@ class TrainConfig:
     adam_eps: AdamW, and the tables' Adam.
     clip_norm: largest global norm of the gradients, rows included.
     table_learning_rate_multiplier: the tables' rate over the backbone's.
-    table_bias_correction: which step count corrects the moments of a row:
-      `global`, the run's; `row`, how often the row was touched.
+    table_optimizer: `lazy_adam`, Adam on the rows that were touched;
+      `lazy_adam_row_steps`, the same with a step count of each row's own in the
+      bias correction; `dense_adam`, Adam on the whole table at every step: the
+      oracle, for tables small enough to pay it.
     on_nonfinite: `stop` the run, or `skip` the step and count it, when a loss
       or gradient is not finite. The step is never applied.
     eval_every: steps between evaluations; 0 for none.
@@ -365,7 +368,7 @@ class TrainConfig:
   adam_eps: float = 1e-8
   clip_norm: float = 1.0
   table_learning_rate_multiplier: float = 5.0
-  table_bias_correction: str = "global"
+  table_optimizer: str = "lazy_adam"
   on_nonfinite: str = "stop"
   eval_every: int = 100
   eval_batches: int = 20
@@ -381,7 +384,7 @@ class TrainConfig:
     _positive(self, "keep_last", "log_every", "eval_batches", "adam_eps")
     _positive(self, "table_learning_rate_multiplier")
     _one_of(self, "on_nonfinite", ("stop", "skip"))
-    _one_of(self, "table_bias_correction", ("global", "row"))
+    _one_of(self, "table_optimizer", TABLE_OPTIMIZERS)
     require(
       self.batch_size % self.accumulation == 0,
       "accumulation",

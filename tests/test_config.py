@@ -302,7 +302,7 @@ OTHER = [
   (DataConfig, {"folder": "a", "tfds_name": "b"}, "tfds_name"),
   (TrainConfig, {"accumulation": 3}, "accumulation"),
   (TrainConfig, {"on_nonfinite": "ignore"}, "on_nonfinite"),
-  (TrainConfig, {"table_bias_correction": "none"}, "table_bias_correction"),
+  (TrainConfig, {"table_optimizer": "none"}, "table_optimizer"),
   (TrainConfig, {"adam_b1": 1.0}, "adam_b1"),
   (TrainConfig, {"adam_b2": -0.1}, "adam_b2"),
   (TrainConfig, {"decay_points": (0.9, 0.8)}, "decay_points"),

@@ -113,7 +113,7 @@ def count_parameters_by_part(
 
 
 def swap_memory_for_experts(
-  config: ModelConfig, hashing: NgramHash
+  config: ModelConfig, hashing: NgramHash, *, equal_activated: bool = False
 ) -> ModelConfig:
   """The model whose routed experts take over the memory's parameters.
 
@@ -121,30 +121,41 @@ def swap_memory_for_experts(
   number of experts per block allows, with the size, the choice and the shared
   experts unchanged. `swap_remainder` tells what is left over.
 
-  What a token activates stays equal in the experts. It differs by what the
-  memory itself activates, projections above all, and by the router's columns
-  for the new experts; `count_parameters_by_part` of both models shows it.
+  What a token activates then stays equal in the experts. It differs by what
+  the memory itself activates, projections above all: nothing at the paper's
+  size, some percent in a small model. `equal_activated` gives the leading
+  dense blocks as much more width, so that the rival has the same work to do
+  with.
 
   Args:
     config: a model with a memory and with experts.
     hashing: its hash.
+    equal_activated: widen the dense blocks as said.
 
   Returns:
     The config without memory and with more experts.
 
   Raises:
-    InputError: no memory, or no block with experts.
+    InputError: no memory, no block with experts, or no dense block to widen.
   """
   require(config.engram is not None, "engram", None, "a memory to swap")
   blocks = sum(config.is_moe(i) for i in range(config.num_layers))
   require(blocks > 0, "moe", config.moe, "one or more blocks with experts")
+  size = config.hidden_size
+  whole = count_parameters_by_part(config, hashing)
   plain = dataclasses.replace(config, engram=None)
-  freed = (
-    count_parameters_by_part(config, hashing)["total"]
-    - count_parameters_by_part(plain, None)["total"]
-  )
+  if equal_activated:
+    dense = config.num_layers - blocks
+    valid = "one or more dense blocks to widen"
+    require(dense > 0, "num_dense_layers", config.num_dense_layers, valid)
+    more = (
+      whole["activated"] - count_parameters_by_part(plain, None)["activated"]
+    )
+    width = config.dense_size + round(more / (3 * size * dense))
+    plain = dataclasses.replace(plain, dense_size=width)
+  freed = whole["total"] - count_parameters_by_part(plain, None)["total"]
   # An expert in every block, with its columns of the routers.
-  price = blocks * config.hidden_size * (3 * config.moe.expert_size + 1)
+  price = blocks * size * (3 * config.moe.expert_size + 1)
   added = (2 * freed + price) // (2 * price)  # the nearest whole number
   experts = config.moe.num_experts + added
   moe = dataclasses.replace(config.moe, num_experts=experts)

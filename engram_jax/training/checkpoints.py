@@ -35,7 +35,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import grain
 import jax
@@ -159,7 +159,7 @@ class Checkpoints:
     self._open(directory, _Keep(keep_last, keep_best))
 
   @classmethod
-  def open(cls, directory: str | os.PathLike) -> Self:
+  def open(cls, directory: str | os.PathLike) -> "Checkpoints":
     """The checkpoints in a folder, to be read; nothing there is changed.
 
     Safe while a run is saving into the folder: what is there now is seen.
@@ -193,9 +193,8 @@ class Checkpoints:
     with _reading("directory", self.directory):
       self._manager = ocp.CheckpointManager(self.directory, options=options)
       self._losses = {
-        step: metrics["eval_loss"]
+        step: self._manager.metrics(step)["eval_loss"]
         for step in self._manager.all_steps()
-        if (metrics := self._manager.metrics(step)) is not None
       }
     self._purge()
 
@@ -211,8 +210,8 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of lowest evaluation loss; None if no checkpoint has one."""
-    steps = set(self.steps()) & set(self._losses)
-    return min(steps, key=lambda s: (self._losses[s], s), default=None)
+    losses = [(self._losses.get(step), step) for step in self.steps()]
+    return min((x for x in losses if x[0] is not None), default=(0, None))[1]
 
   # --- writing ---
 
@@ -249,8 +248,9 @@ class Checkpoints:
     valid = f"a step after the latest checkpoint, {latest}"
     require(latest is None or step > latest, "step", step, valid)
     require(int(state.step) == step, "step", step, f"state.step, {state.step}")
-    finite = eval_loss is None or math.isfinite(eval_loss)
-    require(finite, "eval_loss", eval_loss, "a finite number, or None")
+    loss = None if eval_loss is None else float(eval_loss)
+    finite = loss is None or math.isfinite(loss)
+    require(finite, "eval_loss", loss, "a finite number, or None")
 
     constants = _plain(constants)
     items = {name: flatten(tree) for name, tree in _split(state).items()}
@@ -274,11 +274,11 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(**arguments),
-      metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)},
+      # Always given: without metrics Orbax warns at every save.
+      metrics={"eval_loss": loss},
       force=True,
     )
-    if eval_loss is not None:
-      self._losses[step] = float(eval_loss)
+    self._losses[step] = loss
 
   def wait(self) -> None:
     """Returns when nothing is being written; raises if writing failed."""
@@ -290,7 +290,7 @@ class Checkpoints:
     self.wait()
     self._manager.close()
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exception: Any) -> None:
@@ -438,7 +438,7 @@ class _Keep:
   def should_preserve(self, checkpoints, *, context):
     del context
     infos = sorted(checkpoints, key=lambda info: info.step)
-    rated = [info for info in infos if info.metrics is not None]
+    rated = [info for info in infos if info.metrics["eval_loss"] is not None]
     # The sort is stable: of equal losses the earlier one stays.
     rated.sort(key=lambda info: info.metrics["eval_loss"])
     kept = infos[-self.last :] + rated[: self.best]

@@ -141,7 +141,8 @@ def run(
     else:
       state = jax.jit(lambda: new_state(program))()
 
-    loop = _Loop(config, folder, saved, program, evaluation, expected)
+    writer = stack.enter_context(MetricsWriter(folder.path))
+    loop = _Loop(config, writer, saved, program, evaluation, expected)
     stop = stack.enter_context(_stop_signals())
     state = loop.train(state, iterator, stop=stop, progress=progress)
     saved.wait()
@@ -198,11 +199,11 @@ def _stop_signals() -> Iterator[list[int]]:
 class _Loop:
   """One call of `run`: the steps, and what is counted on the way."""
 
-  def __init__(self, config, folder, saved, program, evaluation, constants_):
+  def __init__(self, config, writer, saved, program, evaluation, constants_):
     self.train_config = config.train
     self.saved, self.program = saved, program
     self.evaluation, self.constants = evaluation, constants_
-    self.writer = MetricsWriter(folder.path)
+    self.writer = writer
     self.eval_step = make_eval_step(program)
     self.compile_seconds = 0.0
     self.seconds = 0.0  # of steps alone
@@ -247,7 +248,6 @@ class _Loop:
         if last:
           break
         batch = next(iterator)
-    self.writer.close()
     if stop and step < config.steps:
       name = signal.Signals(stop[0]).name
       logging.warning("%s: saved step %d and stopped", name, step)
@@ -261,7 +261,6 @@ class _Loop:
     line = f"step {step}: {name} is {metrics[name]}; the step was not applied"
     if self.train_config.on_nonfinite == "stop":
       self.writer.write(step, metrics)
-      self.writer.close()
       raise NonFiniteError(line)
     self.skipped += 1
     logging.warning("%s", line)

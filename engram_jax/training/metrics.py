@@ -207,7 +207,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _to_json(number: float) -> float | str:
   if math.isfinite(number):
     return number
-  return "NaN" if math.isnan(number) else _NON_FINITE[1 + (number < 0)]
+  return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(number, "NaN")
 
 
 def _cut_torn_line(path: pathlib.Path) -> None:

@@ -10,7 +10,11 @@ import optax
 from flax import nnx
 
 from engram_jax.config import TrainConfig
-from engram_jax.memory.row_optimizers import RowOptimizer, lazy_adam
+from engram_jax.memory.row_optimizers import (
+  RowOptimizer,
+  dense_adam,
+  lazy_adam,
+)
 
 #: Leaf names of arrays that are no matrices, whatever their rank.
 UNDECAYED = ("scale", "bias")
@@ -48,10 +52,9 @@ def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def table_optimizer(config: TrainConfig) -> RowOptimizer:
-  """The tables' optimizer: lazy Adam without weight decay (paper §4)."""
-  return lazy_adam(
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    bias_correction=config.table_bias_correction,
-  )
+  """The tables' Adam, lazy or dense, without weight decay (paper §4)."""
+  constants = dict(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps)
+  if config.table_optimizer == "dense_adam":
+    return dense_adam(**constants)
+  per_row = config.table_optimizer == "lazy_adam_row_steps"
+  return lazy_adam(bias_correction="row" if per_row else "global", **constants)

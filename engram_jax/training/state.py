@@ -102,17 +102,17 @@ def count_parameters(tree: Any) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def flatten(tree: Any) -> dict[str, Array]:
+def flatten(tree: Any) -> dict[str, Any]:
   """The leaves of a state by path, e.g. `blocks/1/engram/key_kernel`.
 
-  The names hold no trace of how Flax or optax nest their containers, so that a
-  checkpoint outlives their versions.
+  The names hold no trace of how Flax wraps its variables, so that a checkpoint
+  outlives its versions. Leaves may be arrays or their shapes.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {_name(path): leaf for path, leaf in leaves}
 
 
-def unflatten(template: Any, leaves: dict[str, Array]) -> Any:
+def unflatten(template: Any, leaves: dict[str, Any]) -> Any:
   """The tree like `template` whose `flatten` is `leaves`."""
   paths, structure = jax.tree_util.tree_flatten_with_path(template)
   return jax.tree.unflatten(structure, [leaves[_name(p)] for p, _ in paths])

@@ -222,3 +222,22 @@ def test_what_does_not_fit_together_is_refused():
   ):
     with pytest.raises(InputError, match=match):
       swap_memory_for_experts(config, hashing)
+
+
+def test_the_swap_can_make_the_activated_parameters_equal_too():
+  hashing = make_hash(CONFIG)
+  mine = count_parameters_by_part(CONFIG, hashing)
+  swapped = swap_memory_for_experts(CONFIG, hashing, equal_activated=True)
+  theirs = count_parameters_by_part(swapped, None)
+  # As near as one unit of the dense block's width, and the new experts' router
+  # columns, which every token reads.
+  blocks = sum(CONFIG.is_moe(i) for i in range(CONFIG.num_layers))
+  columns = swapped.moe.num_experts - CONFIG.moe.num_experts
+  unit = 3 * CONFIG.hidden_size
+  slack = unit + blocks * columns * CONFIG.hidden_size
+  assert abs(theirs["activated"] - mine["activated"]) <= slack
+  price = blocks * (3 * CONFIG.moe.expert_size + 1) * CONFIG.hidden_size
+  assert abs(theirs["total"] - mine["total"]) <= price / 2
+  all_moe = replace(CONFIG, num_dense_layers=0)
+  with pytest.raises(InputError, match="num_dense_layers: 0"):
+    swap_memory_for_experts(all_moe, hashing, equal_activated=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import MoEConfig
+from engram_jax.decoding import generate as generation
 from engram_jax.decoding.state import (
   decode_dispatch,
   decode_step,
@@ -16,19 +17,21 @@ from engram_jax.errors import InputError
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 
-STATIC = ("hashing", "compression")
-jit_prefill = jax.jit(prefill, static_argnames=STATIC)
-jit_step = jax.jit(decode_step, static_argnames=STATIC)
-CAPACITY, CHUNK = 16, 4
+# All tests of this folder share programs and sizes, so that each is compiled
+# once: the prefill and the step of `generate`, which take their state over.
+jit_prefill, jit_step = generation._prefill, generation._step
+BATCH, LENGTH = 3, 16
+CAPACITY = LENGTH
 
 
-def tokens(seed, batch=2, length=CAPACITY):
-  return np.random.default_rng(seed).integers(1, 24, (batch, length))
+def tokens(seed, batch=BATCH):
+  ids = np.random.default_rng(seed).integers(1, 24, (batch, LENGTH))
+  return ids.astype(np.int32)
 
 
 def padded(ids, starts, lengths):
-  """Each row's tokens from its start on, padded with garbage to CHUNK."""
-  chunk = np.full((len(ids), CHUNK), 17, np.int32)
+  """Each row's tokens from its start on, padded with garbage."""
+  chunk = np.full((len(ids), LENGTH), 17, np.int32)
   for row, source, start, n in zip(chunk, ids, starts, lengths):
     row[:n] = source[start : start + n]
   return jnp.asarray(chunk), jnp.asarray(lengths, jnp.int32)
@@ -36,20 +39,21 @@ def padded(ids, starts, lengths):
 
 def test_prefill_and_steps_equal_the_whole_sequence(every_tiny):
   ids = tokens(0)
-  whole = every_tiny.logits(jnp.asarray(ids, jnp.int32))
+  whole = every_tiny.logits(jnp.asarray(ids))
   model, hashing = every_tiny.model, every_tiny.hashing
-  state = init_state(model, hashing, batch=2, capacity=CAPACITY)
-  seen = np.zeros(2, int)
+  state = init_state(model, hashing, batch=BATCH, capacity=CAPACITY)
+  seen = np.zeros(BATCH, int)
 
   def check(logits):
-    expected = whole[np.arange(2), seen - 1]
+    expected = whole[np.arange(BATCH), seen - 1]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(state.cache.lengths, seen)
 
-  # Two prompts of unequal lengths, steps, and two more chunks in between.
-  for lengths in ((2, 4), None, None, None, (4, 1), (3, 2), None, None):
+  # Prompts of unequal lengths, steps, and two more chunks in between.
+  chunks = ((2, 5, 1), None, None, None, (4, 1, 6), (3, 2, 1), None, None)
+  for lengths in chunks:
     if lengths is None:
-      new = jnp.asarray(ids[np.arange(2), seen], jnp.int32)
+      new = jnp.asarray(ids[np.arange(BATCH), seen])
       logits, state = jit_step(*every_tiny.parts, state, new)
       seen = seen + 1
     else:
@@ -57,17 +61,17 @@ def test_prefill_and_steps_equal_the_whole_sequence(every_tiny):
       logits, state = jit_prefill(*every_tiny.parts, state, *chunk)
       seen = seen + lengths
     check(logits)
-  assert seen.tolist() == [14, 12]
+  assert seen.tolist() == [14, 13, 13]
 
 
 def test_a_sequence_does_not_feel_its_neighbour(tiny):
   results = []
   for seed in (1, 2):
-    ids = np.concatenate([tokens(0, 1), tokens(seed, 1)])
-    state = init_state(tiny.model, tiny.hashing, batch=2, capacity=CAPACITY)
-    chunk = padded(ids, (0, 0), (3, 1 + seed))
+    ids = np.concatenate([tokens(0, 1), tokens(seed, 2)])
+    state = init_state(tiny.model, tiny.hashing, batch=BATCH, capacity=CAPACITY)
+    chunk = padded(ids, (0, 0, 0), (3, 1 + seed, 2))
     first, state = jit_prefill(*tiny.parts, state, *chunk)
-    new = jnp.asarray(ids[:, 3], jnp.int32)
+    new = jnp.asarray(ids[:, 3])
     second, state = jit_step(*tiny.parts, state, new)
     results.append((first[0], second[0], state.history[0]))
   for one, other in zip(*results):
@@ -75,20 +79,19 @@ def test_a_sequence_does_not_feel_its_neighbour(tiny):
 
 
 def test_history_holds_the_last_canonical_ids(tiny):
-  state = init_state(tiny.model, tiny.hashing, batch=2, capacity=CAPACITY)
-  np.testing.assert_array_equal(state.history, [[-1, -1], [-1, -1]])
-  chunk = padded(np.array([[6, 7, 8, 9], [10, 0, 0, 0]]), (0, 0), (4, 1))
+  state = init_state(tiny.model, tiny.hashing, batch=BATCH, capacity=CAPACITY)
+  np.testing.assert_array_equal(state.history, np.full((BATCH, 2), -1))
+  prompts = ([6, 7, 8, 9], [10], [11, 12])
+  chunk = padded(prompts, (0, 0, 0), (4, 1, 2))
   _, state = jit_prefill(*tiny.parts, state, *chunk)
-  np.testing.assert_array_equal(state.history, [[4, 4], [-1, 5]])
+  np.testing.assert_array_equal(state.history, [[4, 4], [-1, 5], [5, 6]])
 
 
 def test_memory_off_leaves_the_memory_out(tiny):
-  ids = jnp.asarray(tokens(3)[:, :CHUNK], jnp.int32)
-  state = init_state(tiny.model, None, batch=2, capacity=CAPACITY)
+  ids, lengths = jnp.asarray(tokens(3)), jnp.full(BATCH, LENGTH, jnp.int32)
+  state = init_state(tiny.model, None, batch=BATCH, capacity=CAPACITY)
   assert state.history is None
-  logits, state = jit_prefill(
-    tiny.model, None, None, None, state, ids, jnp.array([CHUNK, CHUNK])
-  )
+  logits, state = jit_prefill(tiny.model, None, None, None, state, ids, lengths)
   off = tiny.logits(ids, memory=False)[:, -1]
   np.testing.assert_allclose(logits, off, rtol=1e-4, atol=1e-4)
   assert np.abs(off - tiny.logits(ids)[:, -1]).max() > 0.1
@@ -107,11 +110,11 @@ def test_experts_drop_nothing(trained, decoded):
 def test_refusals(tiny, tiny_plain):
   hashing = tiny.hashing
 
-  def start(model=tiny.model, hashing=hashing, batch=2, capacity=CAPACITY):
+  def start(model=tiny.model, hashing=hashing, batch=BATCH, capacity=CAPACITY):
     return init_state(model, hashing, batch=batch, capacity=capacity)
 
   def fill(*, parts=tiny.parts, state=None, lengths=(2, 4), ids=None):
-    ids = jnp.ones((2, CHUNK), jnp.int32) if ids is None else ids
+    ids = jnp.ones((2, 4), jnp.int32) if ids is None else ids
     prefill(*parts, state or start(), ids, jnp.array(lengths))
 
   def refused(match):
@@ -151,12 +154,12 @@ def test_refusals(tiny, tiny_plain):
 
 def test_the_state_is_a_pytree_of_arrays(every_tiny):
   state = init_state(
-    every_tiny.model, every_tiny.hashing, batch=2, capacity=CAPACITY
+    every_tiny.model, every_tiny.hashing, batch=BATCH, capacity=CAPACITY
   )
   leaves = jax.tree.leaves(state)
-  assert all(leaf.shape[0] == 2 for leaf in leaves)
+  assert all(leaf.shape[0] == BATCH for leaf in leaves)
   tree = jax.tree.structure(state)
-  new = jnp.ones(2, jnp.int32)
+  new = jnp.ones(BATCH, jnp.int32)
   _, after = jax.eval_shape(
     lambda state: decode_step(*every_tiny.parts, state, new), state
   )

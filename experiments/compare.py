@@ -1,0 +1,131 @@
+"""The memory against more experts, at equal parameters and equal work.
+
+  python -m experiments.compare --config=experiments/configs/tiny.py \
+    --workdir=runs/compare
+
+Two models: the config's, and the same one whose memory has been turned into
+routed experts (equal total and equal activated parameters, see
+`analysis.accounting.swap_memory_for_experts`). Equal text in equal order. The
+learning rate is tuned on the side *without* memory, on a seed of its own, and
+used for both: what the memory wins, it wins at its rival's best rate.
+"""
+
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from engram_jax.analysis.accounting import swap_memory_for_experts
+from engram_jax.analysis.plots import plot_lines
+from engram_jax.config import ExperimentConfig, to_dict
+from engram_jax.data.prepared import prepare
+from engram_jax.errors import require
+from engram_jax.training.runs import make_memory
+from experiments import cli
+from experiments.results import ROOT, write_result
+from experiments.sweeps import changed, spread, train_seeds
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the comparison.")
+_RATES = flags.DEFINE_list(
+  "learning_rates", ["1e-3", "2e-3", "4e-3", "8e-3"], "Tried without memory."
+)
+_TUNING_SEED = flags.DEFINE_integer("tuning_seed", 100, "Of the tuning runs.")
+_BATCHES = flags.DEFINE_integer("eval_batches", 40, "Of the final evaluation.")
+_OUT = flags.DEFINE_string(
+  "out", str(ROOT / "experiments/results/compare.json"), "JSON; .png beside it."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def without_memory(config: ExperimentConfig) -> ExperimentConfig:
+  """The same run of the model whose memory has become experts."""
+  require(config.model.engram, "model.engram", None, "a memory to compare")
+  hashing, _ = make_memory(config, prepare(config.data).tokenizer)
+  model = swap_memory_for_experts(config.model, hashing, equal_activated=True)
+  return changed(config, {"model": to_dict(model)})
+
+
+def tune(config, workdir, *, rates, seed, eval_batches) -> dict[float, float]:
+  """Loss at the end of a run, by learning rate."""
+  losses = {}
+  for rate in rates:
+    at_rate = changed(config, {"train.learning_rate": rate})
+    name = f"tuning-{rate:g}"
+    (record,) = train_seeds(
+      name, at_rate, workdir, seeds=[seed], eval_batches=eval_batches
+    )
+    losses[rate] = record["loss"]["on"]
+  return losses
+
+
+def report(result: dict) -> str:
+  """The comparison as a table for the terminal."""
+  memory, experts = result["memory"], result["experts"]
+  rows = [
+    ("with memory", spread([r["loss"]["on"] for r in memory])),
+    ("experts instead", spread([r["loss"]["on"] for r in experts])),
+    ("  difference", spread(result["difference"])),
+    ("memory turned off", spread([r["loss"]["off"] for r in memory])),
+    ("wrong rows", spread([r["loss"]["shuffled"] for r in memory])),
+  ]
+  for name in ("total", "activated"):
+    sizes = [side[0]["parameters"][name] for side in (memory, experts)]
+    rows.append((f"{name} parameters", "{:,} and {:,}".format(*sizes)))
+  speeds = [
+    np.median([r["tokens_per_second"] for r in side])
+    for side in (memory, experts)
+  ]
+  rows.append(("tokens/s, ratio", f"{speeds[0] / speeds[1]:.2f}"))
+  rows.append(("learning rate", f"{result['learning_rate']:g}"))
+  return cli.table(rows, "Validation loss, nats per token")
+
+
+def main(argv) -> None:
+  del argv
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  config = cli.frozen(_CONFIG.value)
+  rival = without_memory(config)
+  options = dict(eval_batches=_BATCHES.value)
+  rates = [float(rate) for rate in _RATES.value]
+  tuning = tune(rival, workdir, rates=rates, seed=_TUNING_SEED.value, **options)
+  best = min(tuning, key=tuning.get)
+  if best in (rates[0], rates[-1]) and len(rates) > 1:
+    print(f"the best rate, {best:g}, is at the edge of those tried: {rates}")
+
+  seeds = [int(seed) for seed in _SEEDS.value]
+  sides = {}
+  for name, side in (("memory", config), ("experts", rival)):
+    at_best = changed(side, {"train.learning_rate": best})
+    sides[name] = train_seeds(name, at_best, workdir, seeds=seeds, **options)
+  pairs = zip(sides["memory"], sides["experts"])
+  result = {
+    "command": "python -m experiments.compare --config=... --workdir=...",
+    "config": to_dict(config),
+    "config_experts": to_dict(rival),
+    "tuning": {f"{rate:g}": loss for rate, loss in tuning.items()},
+    "learning_rate": best,
+    **sides,
+    "difference": [m["loss"]["on"] - e["loss"]["on"] for m, e in pairs],
+  }
+  write_result(_OUT.value, result)
+  names = {"memory": "with memory", "experts": "experts instead"}
+  plot_lines(
+    {
+      names[name]: (
+        [step for step, _ in records[0]["curve"]],
+        np.array([[loss for _, loss in r["curve"]] for r in records]).T,
+      )
+      for name, records in sides.items()
+    },
+    pathlib.Path(_OUT.value).with_suffix(".png"),
+    title="A memory or more experts: equal parameters, equal text",
+    xlabel="step",
+    ylabel="validation loss (nats per token)",
+  )
+  print(report(result))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,58 @@
+"""Results as JSON: the figures, and what one needs to get them again."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from typing import Any
+
+import jax
+
+from engram_jax.training.runs import write_whole
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def environment() -> dict[str, Any]:
+  """Machine, versions, commit and date of a measurement."""
+  git = ["git", "-C", str(ROOT)]
+  try:
+    ask = dict(capture_output=True, text=True, check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()
+    status = subprocess.run([*git, "status", "--porcelain"], **ask).stdout
+    commit += "-dirty" if status.strip() else ""
+  except (OSError, subprocess.CalledProcessError):
+    commit = "unknown: not a git checkout"
+  devices = jax.devices()
+  return {
+    "python": platform.python_version(),
+    "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "platform": devices[0].platform,
+    "device": devices[0].device_kind,
+    "devices": len(devices),
+    "cpu": _cpu_model(),
+    "cores": os.cpu_count(),
+    "commit": commit,
+    "date": time.strftime("%Y-%m-%d", time.gmtime()),
+  }
+
+
+def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
+  """Writes `result` and the environment to a JSON file, whole."""
+  path = pathlib.Path(path).expanduser()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  whole = {**result, "environment": environment()}
+  write_whole(path, json.dumps(whole, indent=2) + "\n")
+
+
+def _cpu_model() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor() or "unknown"
+  names = [x.split(":", 1)[1].strip() for x in lines if "model name" in x]
+  return names[0] if names else platform.processor() or "unknown"

@@ -1,0 +1,119 @@
+"""Several runs that differ in one thing: the same seeds, the same text."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engram_jax.analysis.accounting import count_parameters_by_part
+from engram_jax.config import ExperimentConfig, from_dict, to_dict
+from engram_jax.data.pipeline import batches
+from engram_jax.errors import require
+from engram_jax.training.evaluation import (
+  MEMORY_MODES,
+  make_eval_step,
+  mean_loss,
+)
+from engram_jax.training.loop import run
+from engram_jax.training.metrics import read_metrics
+
+
+def changed(
+  config: ExperimentConfig, changes: Mapping[str, Any]
+) -> ExperimentConfig:
+  """The config with fields replaced, by path: `{"train.seed": 1}`.
+
+  Raises:
+    InputError: no such field, or a value that does not fit.
+  """
+  whole = to_dict(config)
+  for path, value in changes.items():
+    *groups, field = path.split(".")
+    group = whole
+    for name in groups:
+      ok = isinstance(group.get(name), dict)
+      require(ok, path, "no such field", "a field of the config, by path")
+      group = group[name]
+    group[field] = value
+  return from_dict(ExperimentConfig, whole)
+
+
+def train_once(
+  config: ExperimentConfig,
+  workdir: pathlib.Path,
+  *,
+  eval_batches: int,
+) -> dict[str, Any]:
+  """Trains (or finishes) one run and evaluates it on held-out text.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    eval_batches: batches of the final evaluation, at most all there are.
+
+  Returns:
+    Losses by memory mode, the curve of evaluations, parameters, speed.
+  """
+  result = run(config, workdir, progress=False)
+  require(result.finished, "run", "stopped by a signal", "a run to its end")
+  model = result.program.model_of(result.state)
+  text = batches(
+    result.data,
+    "validation",
+    seq_len=config.train.seq_len,
+    batch_size=config.train.batch_size,
+    shuffle=False,
+    epochs=1,
+    drop_remainder=False,
+  )
+  held_out = [batch for _, batch in zip(range(eval_batches), text)]
+  losses = {
+    mode: mean_loss(
+      make_eval_step(result.program, memory=mode),
+      model,
+      result.state.tables,
+      held_out,
+    )
+    for mode in (MEMORY_MODES if result.program.hashing else ("on",))
+  }
+  curve = read_metrics(result.folder.metrics, "eval")
+  speeds = [
+    record["tokens_per_second"]
+    for record in read_metrics(result.folder.metrics, "train")
+  ]
+  return {
+    "seed": config.train.seed,
+    "loss": losses,
+    "curve": [[record["step"], record["loss"]] for record in curve],
+    "parameters": count_parameters_by_part(
+      config.model, result.program.hashing
+    ),
+    "tokens_per_second": float(np.median(speeds)),
+  }
+
+
+def train_seeds(
+  name: str,
+  config: ExperimentConfig,
+  workdir: pathlib.Path,
+  *,
+  seeds: Sequence[int],
+  eval_batches: int,
+) -> list[dict[str, Any]]:
+  """`train_once` for each seed, telling how it goes."""
+  records = []
+  for seed in seeds:
+    seeded = changed(config, {"train.seed": seed})
+    record = train_once(
+      seeded, workdir / f"{name}-seed{seed}", eval_batches=eval_batches
+    )
+    print(f"{name}, seed {seed}: {record['loss']['on']:.4f}", flush=True)
+    records.append(record)
+  return records
+
+
+def spread(values: Sequence[float]) -> str:
+  """Mean, and from the least to the most, for a table."""
+  mean, low, high = np.mean(values), min(values), max(values)
+  return f"{mean:.4f}  ({low:.4f} to {high:.4f}, {len(values)} seeds)"
