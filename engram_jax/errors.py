@@ -43,13 +43,11 @@ def require(condition: Any, field: str, value: Any, valid: str) -> None:
 
 
 def require_in_range(field: str, ids: Any, *, low: int, high: int) -> None:
-  """Refuses integer ids outside `low <= id < high`, inside and outside jit.
+  """Refuses integer ids outside `low <= id < high`, where they are known.
 
-  Outside jit the ids are looked at and an `InputError` names the first wrong
-  one. Under a trace no value is known: there the check is a
-  `checkify.debug_check`, which costs nothing in a plain `jit` and is raised by
-  `checkify.checkify(f, errors=checkify.user_checks)`; it names the least id if
-  that is below `low`, else the largest.
+  Outside jit the ids are looked at, and the error names the first wrong one.
+  Under a trace no value is known, and nothing is done or paid: a check in the
+  compiled program is asked for by name, with `check_in_range`.
 
   Args:
     field: the name to blame.
@@ -61,22 +59,47 @@ def require_in_range(field: str, ids: Any, *, low: int, high: int) -> None:
     InputError: a concrete id lies outside the range.
   """
   if isinstance(ids, jax.core.Tracer):
-    if ids.size:
-      # A narrow dtype cannot hold the bounds; an unsigned one not the lower.
-      if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)
-      lowest = max(low, 0) if ids.dtype.kind == "u" else low
-      # Reductions only: picking an element would ask for a sharding under
-      # Explicit mesh axes.
-      least, most = jnp.min(ids), jnp.max(ids)
-      name = field.replace("{", "{{").replace("}", "}}")
-      checkify.debug_check(
-        (least >= lowest) & (most < high),
-        f"{name}: {{value}}; valid: {low} <= id < {high}",
-        value=jnp.where(least < lowest, least, most),
-      )
     return
   values = np.asarray(ids)
   wrong = (values < low) | (values >= high)
   if wrong.any():
     raise InputError(field, values[wrong].flat[0], f"{low} <= id < {high}")
+
+
+def check_in_range(field: str, ids: Any, *, low: int, high: int) -> None:
+  """`require_in_range` that also works inside a compiled program.
+
+  For functions that go through `checkify.checkify(f,
+  errors=checkify.user_checks)`: the error it returns names the least id if
+  that is below `low`, else the largest. It is not in the library's own path:
+  a function with such a check loses JAX's fast dispatch, some milliseconds a
+  call on a CPU.
+
+  Args:
+    field: the name to blame.
+    ids: integer array of any shape, concrete or traced.
+    low: smallest valid id.
+    high: one past the largest valid id.
+
+  Raises:
+    InputError: a concrete id lies outside the range.
+    ValueError: by JAX, under a trace without `checkify`.
+  """
+  if not isinstance(ids, jax.core.Tracer):
+    return require_in_range(field, ids, low=low, high=high)
+  if not ids.size:
+    return None
+  # A narrow dtype cannot hold the bounds; an unsigned one not the lower.
+  if ids.dtype.itemsize < 4:
+    ids = ids.astype(jnp.int32)
+  lowest = max(low, 0) if ids.dtype.kind == "u" else low
+  # Reductions only: picking an element would ask for a sharding under Explicit
+  # mesh axes.
+  least, most = jnp.min(ids), jnp.max(ids)
+  name = field.replace("{", "{{").replace("}", "}}")
+  checkify.check(
+    (least >= lowest) & (most < high),
+    f"{name}: {{value}}; valid: {low} <= id < {high}",
+    value=jnp.where(least < lowest, least, most),
+  )
+  return None

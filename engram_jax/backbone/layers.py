@@ -156,8 +156,7 @@ class Embedding(nnx.Module):
     """Rows of the table, in the compute dtype.
 
     Raises:
-      InputError: a concrete id outside `0 <= id < V`; under a trace the same
-        check is a `checkify` user check.
+      InputError: a concrete id outside `0 <= id < V`.
     """
     vocab_size = self.table.shape[-2]
     require_in_range("token_ids", token_ids, low=0, high=vocab_size)

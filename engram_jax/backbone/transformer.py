@@ -51,13 +51,13 @@ class ModelOutput(NamedTuple):
   """What a forward pass returns.
 
   Attributes:
-    logits: float32 [B, L, V].
+    logits: float32 [B, L, V]; [B, 1, V] with `logits_at`.
     cache: the cache after these tokens; None if none was given.
     moe: one `MoEMetrics` per block with experts, in the order of the blocks.
     gates: float32 [B, L, G] per Engram layer; empty when the memory is off.
   """
 
-  logits: Float[Array, "B L V"]
+  logits: Float[Array, "B L_or_1 V"]
   cache: ModelCache | None
   moe: tuple[MoEMetrics, ...]
   gates: dict[int, Gates]
@@ -167,6 +167,7 @@ class Transformer(nnx.Module):
     cache: ModelCache | None = None,
     lengths: Int[Array, "B"] | None = None,
     dispatch: str | None = None,
+    logits_at: Int[Array, "B"] | None = None,
   ) -> ModelOutput:
     """Logits of the next token at every position.
 
@@ -181,15 +182,21 @@ class Transformer(nnx.Module):
       lengths: int32 [B], at least 1: how many of the L tokens are real when a
         cache is given and prompts are padded on the right.
       dispatch: of the experts; None for the config's.
+      logits_at: int32 [B], one position per sequence whose logits are wanted
+        (a prompt's last token): they alone are computed, [B, 1, V]. None for
+        all positions.
 
     Raises:
-      InputError: rows of other layers than the model's, or a wrong shape.
+      InputError: rows of other layers than the model's, lengths without a
+        cache, or a wrong shape.
     """
     memory = self.config.engram
     expected = set() if memory is None or rows is None else set(memory.layers)
     given = set(rows or ())
     valid = f"rows of the Engram layers {sorted(expected)}, or None"
     require(given == expected, "rows", sorted(given), valid)
+    without = lengths is not None and cache is None
+    require(not without, "lengths", "given without a cache", "None")
 
     length = token_ids.shape[1]
     if cache is not None:
@@ -227,7 +234,11 @@ class Transformer(nnx.Module):
       if metrics is not None:
         moe_metrics.append(metrics)
 
-    hidden = self.norm(read_streams(streams))
+    hidden = read_streams(streams)
+    if logits_at is not None:
+      at = logits_at[:, None, None]
+      hidden = jnp.take_along_axis(hidden, at, axis=1)
+    hidden = self.norm(hidden)
     if self.head is None:
       logits = self.embedding.attend(hidden)
     else:

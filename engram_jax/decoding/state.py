@@ -91,10 +91,15 @@ def prefill(
     with the real tokens.
 
   Raises:
-    InputError: a length outside 1..L, or more tokens than the capacity
-      (outside jit; inside, see `errors.require_in_range`); hash, compression
-      and state that do not belong together.
+    InputError: another batch than the state's; hash, compression and state
+      that do not belong together; a length outside 1..L, or more tokens than
+      the capacity (these two outside jit only: whoever
+      compiles the call checks them first, as `generate` does).
   """
+  batch = state.cache.lengths.shape
+  shape = (token_ids.shape[:1], lengths.shape)
+  valid = f"the state's batch, {batch}, twice"
+  require(shape == (batch, batch), "batch of tokens, lengths", shape, valid)
   require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
   _check_fit(hashing, compression, state)
   _check_capacity(state, lengths)
@@ -110,10 +115,9 @@ def prefill(
     cache=state.cache,
     lengths=lengths,
     dispatch=decode_dispatch(model.config.moe),
+    logits_at=lengths - 1,
   )
-  last = (lengths - 1)[:, None, None]
-  logits = jnp.take_along_axis(output.logits, last, axis=1)[:, 0]
-  return logits, DecodeState(output.cache, history)
+  return output.logits[:, 0], DecodeState(output.cache, history)
 
 
 def decode_step(

@@ -29,7 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
-from engram_jax.errors import InputError, require, require_in_range
+from engram_jax.errors import (
+  InputError,
+  check_in_range,
+  require,
+  require_in_range,
+)
 
 NON_TEXT_ID = -1
 _FORMAT = "engram_jax.TokenCompression/1"
@@ -166,21 +171,19 @@ class TokenCompression:
 
     Raises:
       InputError: not integers, or a concrete id of V or more. Under a trace
-        that is a `checkify.debug_check`; unchecked, such an id becomes `size`,
-        which is no canonical id.
+        such an id becomes `size`, which is no canonical id; see `validate`.
     """
     xp: Any = jnp if isinstance(token_ids, jax.Array) else np
     dtype = np.dtype(token_ids.dtype)
     require(
       dtype.kind in "iu", "token_ids", f"dtype {dtype}", "an integer dtype"
     )
-    # A narrow dtype cannot hold the bounds that its ids are compared with.
-    ids = token_ids.astype(np.int32) if dtype.itemsize < 4 else token_ids
-    wide_unsigned = ids.dtype.kind == "u"
-    if not wide_unsigned:
+    ids = token_ids
+    if dtype.itemsize < 4:  # too narrow for -1, or for the vocabulary
+      ids = ids.astype(np.int32)
+    if ids.dtype.kind != "u":
       ids = xp.maximum(ids, NON_TEXT_ID)
-    low = 0 if wide_unsigned else NON_TEXT_ID
-    require_in_range("token_ids", ids, low=low, high=self.vocab_size)
+    require_in_range("token_ids", ids, low=NON_TEXT_ID, high=self.vocab_size)
     if xp is np:
       found = self.canonical_ids[ids]
     else:
@@ -195,6 +198,14 @@ class TokenCompression:
         )
       )
     return xp.where(ids < 0, np.int32(NON_TEXT_ID), found)
+
+  def validate(self, token_ids: Shaped[Array | np.ndarray, "*shape"]) -> None:
+    """Refuses ids >= V, also inside a `checkify`-ed function.
+
+    See `errors.check_in_range`; any negative id is a position without text.
+    """
+    lowest = np.iinfo(np.int32).min
+    check_in_range("token_ids", token_ids, low=lowest, high=self.vocab_size)
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, TokenCompression) and self.digest == other.digest

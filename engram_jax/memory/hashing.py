@@ -28,7 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from engram_jax.errors import InputError, require, require_in_range
+from engram_jax.errors import (
+  InputError,
+  check_in_range,
+  require,
+  require_in_range,
+)
 from engram_jax.types import Break, Breaks, CanonicalIds, History, RowIds
 
 #: Stands in a history, and in canonical ids, where there is no text.
@@ -197,8 +202,8 @@ class NgramHash:
       int32 [B, L, K], each below `num_rows[layer]`.
 
     Raises:
-      InputError: an id >= vocab_size (outside jit; inside, see
-        `errors.require_in_range`), an unknown layer, a wrong shape, or a table
+      InputError: an id >= vocab_size (outside jit; inside, see `validate`),
+        an unknown layer, a wrong shape, or a table
         of 2**31 rows or more, which only `row_ids_numpy` can address.
     """
     rows = self.num_rows.get(layer, 0)
@@ -278,6 +283,14 @@ class NgramHash:
     last = jnp.full(batch, length) if lengths is None else lengths
     newest_first = jnp.take_along_axis(recent, last[:, None, None], axis=1)
     return newest_first[:, 0, ::-1].astype(jnp.int32)
+
+  def validate(self, canonical: CanonicalIds) -> None:
+    """Refuses ids >= vocab_size, also inside a `checkify`-ed function.
+
+    Inside a plain jit `row_ids` does not look at values: an id out of range
+    then reads some row of the table. See `errors.check_in_range`.
+    """
+    check_in_range("canonical", canonical, low=-(2**31), high=self.vocab_size)
 
   def _window(self, canonical, history, breaks, *, xp: Any = jnp):
     """[B, L, N]: the id k positions back; `NO_TOKEN` once latched."""

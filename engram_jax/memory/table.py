@@ -67,7 +67,7 @@ def lookup(
 
   Raises:
     InputError: a row id outside the table (outside jit; inside, see
-      `errors.require_in_range`).
+      `errors.check_in_range`).
   """
   require_in_range("row_ids", row_ids, low=0, high=table.shape[0])
   # Ids of a hash are in bounds by construction: no clamp, no fill.

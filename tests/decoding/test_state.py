@@ -110,7 +110,7 @@ def test_experts_drop_nothing(trained, decoded):
 def test_refusals(tiny, tiny_plain):
   hashing = tiny.hashing
 
-  def start(model=tiny.model, hashing=hashing, batch=BATCH, capacity=CAPACITY):
+  def start(model=tiny.model, hashing=hashing, batch=2, capacity=CAPACITY):
     return init_state(model, hashing, batch=batch, capacity=capacity)
 
   def fill(*, parts=tiny.parts, state=None, lengths=(2, 4), ids=None):
@@ -136,6 +136,8 @@ def test_refusals(tiny, tiny_plain):
     fill(lengths=(2, 0))
   with refused(r"lengths: 5; valid: 1 <= id < 5"):
     fill(lengths=(5, 1))
+  with refused(r"batch of tokens, lengths: .*; valid: .*\(3,\)"):
+    fill(state=start(batch=3))
   with refused("tokens in the cache: 4; valid: 1 <= id < 4"):
     fill(state=start(capacity=3))
   model, tables, hashing, compression = tiny.parts

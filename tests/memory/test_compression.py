@@ -225,7 +225,10 @@ for types in [(AxisType.Auto,) * 2, (AxisType.Explicit,) * 2]:
   for spec in [jax.P("a"), jax.P("a", "b"), jax.P(None, "b")]:
     with jax.set_mesh(mesh):
       sharded = jax.device_put(ids, jax.NamedSharding(mesh, spec))
-      checked = checkify.checkify(compression, errors=checkify.user_checks)
+      def validated(ids):
+        compression.validate(ids)
+        return compression(ids)
+      checked = checkify.checkify(validated, errors=checkify.user_checks)
       error, found = jax.jit(checked)(sharded)
       error.throw()
       for found in (compression(sharded), jax.jit(compression)(sharded), found):
@@ -284,7 +287,14 @@ def test_out_of_range_under_jit(small):
   ids = jnp.array([[0, 6], [2, -1]])
   # Unchecked, the id becomes one that is no canonical id: never a wrong one.
   assert jax.jit(small)(ids).tolist() == [[0, small.size], [0, -1]]
-  checked = jax.jit(checkify.checkify(small, errors=checkify.user_checks))
+
+  def validated(ids):
+    small.validate(ids)
+    return small(ids)
+
+  with pytest.raises(InputError, match="token_ids: 6; valid"):
+    validated(ids)
+  checked = jax.jit(checkify.checkify(validated, errors=checkify.user_checks))
   error, _ = checked(ids)
   with pytest.raises(checkify.JaxRuntimeError, match="token_ids: 6; valid"):
     error.throw()

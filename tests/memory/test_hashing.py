@@ -300,9 +300,14 @@ def test_ids_out_of_range_are_refused():
     hashing.row_ids(bad, 1)
   with pytest.raises(InputError, match="canonical: 1000"):
     hashing.row_ids_numpy(np.asarray(bad), 1)
-  checked = checkify.checkify(
-    jax.jit(lambda x: hashing.row_ids(x, 1)), errors=checkify.user_checks
-  )
+
+  def validated(x):
+    hashing.validate(x)
+    return hashing.row_ids(x, 1)
+
+  with pytest.raises(InputError, match="canonical: 1000"):
+    validated(bad)
+  checked = jax.jit(checkify.checkify(validated, errors=checkify.user_checks))
   error, _ = checked(bad)
   with pytest.raises(checkify.JaxRuntimeError, match="canonical: 1000"):
     error.throw()

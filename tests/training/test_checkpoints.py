@@ -319,7 +319,7 @@ def test_an_unfinished_save_is_not_seen(tmp_path):
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, traceback
 import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from engram_jax.memory.row_optimizers import lazy_adam
@@ -345,7 +345,7 @@ def child():
       for leaf in jax.tree.leaves(state):
         assert leaf.size == 0 or (np.asarray(leaf) == step).all()
       assert step >= int(open(reached).read()), "a finished save was lost"
-    print("ready", flush=True)
+    os.write(1, b"ready")
     for _ in range(10000):
       step = int(state.step)
       state = advance(state)
@@ -365,12 +365,15 @@ for trial in range(6):
     os.dup2(write, 1)
     try:
       child()
-    finally:
-      os._exit(3)
+    except BaseException:
+      traceback.print_exc()
+    os._exit(3)
   os.close(write)
-  assert os.read(read, 6) == b"ready\\n", "the child failed"
-  time.sleep(rng.uniform(0.1, 1.0))
-  os.kill(pid, signal.SIGKILL)
+  try:
+    assert os.read(read, 5) == b"ready", "the child failed"
+    time.sleep(rng.uniform(0.1, 1.0))
+  finally:
+    os.kill(pid, signal.SIGKILL)
   assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "ended before the kill"
   os.close(read)
 """
