@@ -1,0 +1,62 @@
+"""Real programs as subprocesses, on a tiny text, with one compile cache."""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = ROOT / "tests" / "experiments" / "micro.py"
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+  """Thirty small documents of random words."""
+  folder = tmp_path_factory.mktemp("text")
+  rng = random.Random(0)
+  words = ["memory", "expert", "token", "gate", "row", "hash", "the", "of"]
+  for i in range(30):
+    text = " ".join(rng.choice(words) for _ in range(120))
+    (folder / f"document{i}.txt").write_text(text + "\n")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def program(text_folder, tmp_path_factory):
+  """A function that starts a program and waits for it, or returns the process.
+
+  The programs share prepared data and JAX's compilation cache, which changes no
+  result: a second start takes what the first compiled.
+  """
+  shared = tmp_path_factory.mktemp("shared")
+
+  def run(name, *arguments, wait=True, configured=True, env=None):
+    command = [sys.executable, "-m", f"experiments.{name}"]
+    if configured:
+      command += [
+        f"--config={CONFIG}",
+        f"--config.data.folder={text_folder}",
+        f"--config.data.data_dir={shared / 'data'}",
+      ]
+    process = subprocess.Popen(
+      [*command, *map(str, arguments)],
+      cwd=ROOT,
+      env=os.environ
+      | {
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **(env or {}),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    if not wait:
+      return process
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+  return run
