@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
@@ -222,11 +221,12 @@ class NgramHash:
   ) -> RowIds:
     """As `row_ids`, without the offsets: rows within each head's own table."""
     primes = self._of(self.primes, layer)
-    window = self._window(canonical, history, breaks)
-    window = jnp.where(window < 0, self.pad_id, window).astype(jnp.uint32)
-    high, low = _mix(window, self.multipliers[layer])
-    # One mix per order serves all heads of that order.
-    high, low = (jnp.repeat(x, self.heads, axis=-1) for x in (high, low))
+    window = [
+      jnp.where(ids < 0, self.pad_id, ids).astype(jnp.uint32)
+      for ids in self._window(canonical, history, breaks)
+    ]
+    mixes = _mix(window, self.multipliers[layer])
+    high, low = (_per_column(limb, self.heads) for limb in zip(*mixes))
     return _remainder(high, low, primes).astype(jnp.int32)
 
   def row_ids_numpy(
@@ -239,7 +239,8 @@ class NgramHash:
   ) -> np.ndarray:
     """`row_ids` on the host: the same numbers, int64 [B, L, K], any size."""
     primes = self._of(self.primes, layer)
-    window = self._window(np.asarray(canonical), history, breaks, xp=np)
+    columns = self._window(np.asarray(canonical), history, breaks, xp=np)
+    window = np.stack(columns, axis=-1)  # [B, L, N]
     window = np.where(window < 0, self.pad_id, window).astype(np.int64)
     mixes = np.bitwise_xor.accumulate(
       window * self.multipliers[layer], axis=-1
@@ -273,13 +274,14 @@ class NgramHash:
     Returns:
       int32 [B, N-1], oldest first; `NO_TOKEN` where a look-back would stop.
     """
-    window = self._window(canonical, history, breaks)  # [B, L, N]
-    batch, length, order = window.shape
+    window = self._window(canonical, history, breaks)
+    batch, length = canonical.shape
     start = self.empty_history(batch) if history is None else history
     # The look-backs of position t are ids t, t-1, ...; those of the position
     # to come are the same, one further back.
     before = start[:, ::-1][:, None]  # [B, 1, N-1]
-    recent = jnp.concatenate([before, window[..., : order - 1]], axis=1)
+    recent = jnp.stack(window[:-1], axis=-1)  # [B, L, N-1]
+    recent = jnp.concatenate([before, recent], axis=1)
     last = jnp.full(batch, length) if lengths is None else lengths
     newest_first = jnp.take_along_axis(recent, last[:, None, None], axis=1)
     return newest_first[:, 0, ::-1].astype(jnp.int32)
@@ -293,7 +295,7 @@ class NgramHash:
     check_in_range("canonical", canonical, low=-(2**31), high=self.vocab_size)
 
   def _window(self, canonical, history, breaks, *, xp: Any = jnp):
-    """[B, L, N]: the id k positions back; `NO_TOKEN` once latched."""
+    """N arrays [B, L]: the id k positions back; `NO_TOKEN` once latched."""
     require(canonical.ndim == 2, "canonical", canonical.shape, "shape [B, L]")
     batch, length = canonical.shape
     past = self.max_order - 1
@@ -324,7 +326,7 @@ class NgramHash:
         behind = starts[:, : length - back]
         outside = xp.zeros((batch, back), bool)
         reachable = reachable & ~xp.concatenate([outside, behind], axis=1)
-    return xp.stack(columns, axis=-1)
+    return columns
 
   def _of(self, constants: Mapping[int, np.ndarray], layer: int) -> np.ndarray:
     if layer not in constants:
@@ -415,21 +417,49 @@ def _take_primes(least: int, count: int, used: set[int]) -> list[int]:
 
 
 def _mix(
-  window: UInt32[Array, "B L N"], multipliers: np.ndarray
-) -> tuple[UInt32[Array, "B L N-1"], UInt32[Array, "B L N-1"]]:
+  window: Sequence[UInt32[Array, "B L"]], multipliers: np.ndarray
+) -> list[tuple[UInt32[Array, "B L"], UInt32[Array, "B L"]]]:
   """(high, low) limbs of mix_2 .. mix_N."""
-  m_high = jnp.asarray(multipliers >> 32, jnp.uint32)
-  m_low = jnp.asarray(multipliers & 0xFFFFFFFF, jnp.uint32)
-  low = window * m_low
-  high = jax.lax.mulhi(*jnp.broadcast_arrays(window, m_low)) + window * m_high
+  mixes = []
+  high = low = jnp.zeros_like(window[0])
+  for ids, multiplier in zip(window, multipliers.tolist(), strict=True):
+    m_high, m_low = jnp.uint32(multiplier >> 32), jnp.uint32(multiplier % 2**32)
+    low = low ^ (ids * m_low)
+    high = high ^ (_mulhi(ids, m_low) + ids * m_high)
+    mixes.append((high, low))
+  return mixes[1:]
 
-  def xor_scan(x):
-    columns = [x[..., 0]]
-    for back in range(1, x.shape[-1]):
-      columns.append(columns[-1] ^ x[..., back])
-    return jnp.stack(columns[1:], axis=-1)
 
-  return xor_scan(high), xor_scan(low)
+def _per_column(
+  limbs: Sequence[UInt32[Array, "B L"]], heads: int
+) -> UInt32[Array, "B L K"]:
+  """One limb per order to one per column: an order serves `heads` columns.
+
+  By selection, not by `jnp.stack` and `jnp.repeat`: those lay out an axis of
+  one number per order, which XLA neither fuses nor vectorises; on CPU the whole
+  hash is about ten times slower that way.
+  """
+  order = np.repeat(np.arange(len(limbs)), heads)
+  columns = jnp.broadcast_to(limbs[0][..., None], (*limbs[0].shape, order.size))
+  for i, limb in enumerate(limbs[1:], start=1):
+    columns = jnp.where(order < i, columns, limb[..., None])
+  return columns
+
+
+def _mulhi(
+  x: UInt32[Array, "*S"], y: UInt32[Array, "*#S"]
+) -> UInt32[Array, "*S"]:
+  """High 32 bits of the product, by four products of 16-bit halves.
+
+  `jax.lax.mulhi` is the same, but a program for several devices does not
+  compile with it (jax 0.10.2 and 0.12.0: "failed to legalize operation").
+  """
+  x_high, x_low = x >> 16, x & 0xFFFF
+  y_high, y_low = y >> 16, y & 0xFFFF
+  # Neither sum overflows: (2^16 - 1)^2 + 2^16 - 1 < 2^32.
+  middle = x_high * y_low + (x_low * y_low >> 16)
+  carry = x_low * y_high + (middle & 0xFFFF)
+  return x_high * y_high + (middle >> 16) + (carry >> 16)
 
 
 def _remainder(
@@ -445,14 +475,11 @@ def _remainder(
   one_shoup = _constant((1 << 32) // primes)
   c, p = _constant(c), _constant(primes)
 
-  def mulhi(x, y):
-    return jax.lax.mulhi(*jnp.broadcast_arrays(x, y))
-
   def below_p(x):  # x < 2p; where x < p the difference wraps and is larger
     return jnp.minimum(x, x - p)
 
-  from_high = below_p(high * c - mulhi(high, c_shoup) * p)
-  from_low = below_p(low - mulhi(low, one_shoup) * p)
+  from_high = below_p(high * c - _mulhi(high, c_shoup) * p)
+  from_low = below_p(low - _mulhi(low, one_shoup) * p)
   return below_p(from_high + from_low)
 
 
