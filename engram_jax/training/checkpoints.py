@@ -481,5 +481,5 @@ def _reading(field: str, path: pathlib.Path) -> Iterator[None]:
   # Orbax raises bare `Exception`s for damaged arrays, and JSON, file and zip
   # errors for the rest.
   except Exception as error:
-    kind = f"{type(error).__name__} in {path}"
-    raise InputError(field, kind, "undamaged files") from error
+    found = f"{type(error).__name__}: {error}"
+    raise InputError(field, found, f"undamaged files in {path}") from error

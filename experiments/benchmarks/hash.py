@@ -59,7 +59,8 @@ def measure(
   Args:
     cases: name to (vocabulary, rows per head of each order).
     tokens: of one call; multiples of `length`.
-    repeats: timed calls of each form.
+    repeats: timed calls of each form at the most tokens, and up to 16 times
+      as many at fewer.
     heads: an order.
     length: L; the batch is what remains.
 
@@ -92,7 +93,9 @@ def measure(
       if not all((found[0] == other).all() for other in found[1:]):
         raise RuntimeError(f"{name}: the forms disagree")
       del found
-      times = harness.interleaved(forms, repeats=repeats)
+      # Short calls are noisier: more of them, for the same time in all.
+      turns = repeats * min(16, max(tokens) // count)
+      times = harness.interleaved(forms, repeats=turns, warmup=5)
       ns = {k: 1e6 * t["median_ms"] / count for k, t in times.items()}
       ratio = min(ns["numpy"], ns["numpy_loop"]) / ns["jnp"]
       records.append(
@@ -112,7 +115,7 @@ def measure(
 
 
 def define_flags() -> None:
-  harness.define_common("hash", repeats=15)
+  harness.define_common("hash", repeats=9)
   flags.DEFINE_list(
     "tokens", ["4096", "16384", "131072", "1048576"], "Of one call."
   )

@@ -121,7 +121,7 @@ def test_weights_come_back_without_the_optimizer(tmp_path):
   )
   with Checkpoints.open(tmp_path) as checkpoints:
     params, balance, tables = checkpoints.restore_weights(template)
-    with pytest.raises(InputError, match=r"^optimizer: .*; valid: undamaged"):
+    with pytest.raises(InputError, match=r"^optimizer: .*; valid: undamaged f"):
       checkpoints.restore(shapes(state))
   assert_same(params, host(state.params))
   assert_same(balance, host(state.balance))
@@ -400,6 +400,10 @@ def test_killed_at_any_moment(tmp_path):
 # --- what is refused ---
 
 
+# Orbax leaves its other reads behind when one fails.
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine"
+)
 def test_damaged_files_never_load_wrong(tmp_path):
   state = at(5)
   expected = host(state)

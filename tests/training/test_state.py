@@ -1,0 +1,121 @@
+"""Tests of a run's state and of the names of its arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.training.state import (
+  abstract_model,
+  count_parameters,
+  flatten,
+  init_state,
+  unflatten,
+)
+
+
+def initial(tiny, key=0):
+  program = tiny.program
+  return init_state(
+    jax.random.key(key),
+    program.model,
+    program.hashing,
+    optimizer=program.optimizer,
+    row_optimizer=program.row_optimizer,
+  )
+
+
+@pytest.fixture(scope="module")
+def state(tiny):
+  return initial(tiny)
+
+
+def test_a_new_run_starts_at_zero(state, tiny):
+  leaves = flatten(state)
+  assert leaves["step"].dtype == jnp.int32 and int(leaves["step"]) == 0
+  for name, leaf in leaves.items():
+    if name.startswith(("balance/", "opt_state/", "table_states/")):
+      assert not np.asarray(leaf).any(), name
+    if name.startswith("params/"):
+      assert leaf.dtype == jnp.float32, name
+  memory, hashing = tiny.program.model.engram, tiny.program.hashing
+  assert list(state.tables) == [0]
+  assert state.tables[0].shape == (hashing.num_rows[0], memory.head_dim)
+  np.testing.assert_allclose(
+    np.std(state.tables[0]), memory.table_init_std, rtol=0.1
+  )
+
+
+def test_shapes_are_known_without_allocating(state, tiny):
+  abstract = tiny.abstract_state()
+  assert jax.tree.structure(abstract) == jax.tree.structure(state)
+  for name, leaf in flatten(abstract).items():
+    made = flatten(state)[name]
+    assert isinstance(leaf, jax.ShapeDtypeStruct)
+    assert (leaf.shape, leaf.dtype) == (made.shape, made.dtype), name
+  _, params, balance = abstract_model(tiny.program.model)
+  for mine, its in ((params, state.params), (balance, state.balance)):
+    assert jax.tree.structure(mine) == jax.tree.structure(its)
+
+
+def test_the_key_decides(state, tiny):
+  other = initial(tiny, key=1)
+  mine, its = flatten(state), flatten(other)
+  for name in ("params/embedding/table", "tables/0"):
+    assert not np.array_equal(mine[name], its[name])
+
+
+def test_with_and_without_memory_start_alike(state, make_tiny):
+  plain = flatten(initial(make_tiny(memory=False)).params)
+  with_memory = flatten(state.params)
+  rest = {n: x for n, x in with_memory.items() if "/engram/" not in n}
+  assert plain.keys() == rest.keys()
+  differing = [n for n in plain if not np.array_equal(plain[n], rest[n])]
+  assert differing == []
+
+
+def test_names_are_those_of_the_model(state):
+  leaves = flatten(state)
+  # One name for each leaf: none hides another.
+  assert len(leaves) == len(jax.tree.leaves(state))
+  expected = """
+    balance/blocks/0/ffn/bias
+    opt_state/0/count
+    opt_state/0/mu/blocks/0/engram/key_kernel
+    opt_state/0/nu/embedding/table
+    params/blocks/0/attention/kv_norm/scale
+    params/blocks/0/engram/key_kernel
+    params/blocks/0/ffn/shared/gate
+    params/embedding/table
+    params/norm/scale
+    step
+    table_states/0/mean
+    tables/0
+  """.split()
+  assert set(expected) <= set(leaves)
+  assert not any("value" in name.split("/") for name in leaves)
+
+
+def test_many_blocks_keep_their_order(tiny):
+  # By number, not by text: block 10 comes after block 9, as in the metrics.
+  config = dataclasses.replace(tiny.program.model, num_layers=12, engram=None)
+  _, _, balance = abstract_model(config)
+  assert list(flatten(balance)) == [f"blocks/{i}/ffn/bias" for i in range(12)]
+
+
+def test_unflatten_takes_flatten_back(state, tiny):
+  template = tiny.abstract_state()
+  shuffled = dict(reversed(flatten(state).items()))
+  back = unflatten(template, shuffled)
+  assert jax.tree.structure(back) == jax.tree.structure(state)
+  for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(state)):
+    assert one is other
+
+
+def test_parameters_are_counted(state):
+  leaves = flatten(state.params)
+  expected = sum(int(np.prod(x.shape)) for x in leaves.values())
+  assert count_parameters(state.params) == expected
+  assert count_parameters({"a": jnp.zeros((2, 3)), "b": jnp.zeros(())}) == 7
