@@ -116,7 +116,15 @@ def write_dataset(
     source=source, tokenizer=tokenizer, splits=splits, data_dir=folder
   )
   config = tfds.download.DownloadConfig(try_download_gcs=False)
-  builder.download_and_prepare(download_config=config)
+  # TFDS's bars say "examples" and "shards" of what a user knows as files; it
+  # switches them for the whole process only, so the switch is put back.
+  tqdm_utils = tfds.core.utils.tqdm_utils
+  shown = tqdm_utils._active
+  tqdm_utils.display_progress_bar(enable=False)
+  try:
+    builder.download_and_prepare(download_config=config)
+  finally:
+    tqdm_utils.display_progress_bar(enable=shown)
 
 
 def read_pieces(folder: pathlib.Path, *, splits: Iterable[str]) -> Any:

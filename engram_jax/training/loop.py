@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 
@@ -78,15 +79,19 @@ def run(
   Args:
     config: the whole run.
     workdir: its folder; new, empty, or of the same run.
-    progress: show a progress bar on standard error.
+    progress: tell on standard error what is done, with a progress bar.
 
   Raises:
     InputError: a folder of another run, data that do not fit.
     NonFiniteError: with `on_nonfinite="stop"`.
   """
   train = config.train
+  say = _say if progress else lambda line: None
   folder = open_folder(workdir, config)
+  say("Preparing the text (done once for each text and tokenizer) ...")
   data = prepare(config.data)
+  sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
+  say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
   require(
     data.vocab_size <= config.model.vocab_size,
     "model.vocab_size",
@@ -137,7 +142,7 @@ def run(
     if resumes:
       template = jax.eval_shape(lambda: new_state(program))
       state = saved.restore(template, data_iterator=iterator)
-      logging.info("Resuming at step %d of %s", state.step, folder.path)
+      say(f"Resuming {folder.path} at step {int(state.step)}")
     else:
       state = jax.jit(lambda: new_state(program))()
 
@@ -156,6 +161,10 @@ def run(
     tokens_per_second=loop.tokens / loop.seconds if loop.tokens else np.nan,
     skipped_steps=loop.skipped,
   )
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def evaluation_batches(
@@ -215,6 +224,8 @@ class _Loop:
     if step >= config.steps:
       return state
     batch = next(iterator)
+    if progress:
+      _say("Compiling the step ...")
     start = time.perf_counter()
     compiled = make_train_step(self.program).lower(state, batch).compile()
     self.compile_seconds = time.perf_counter() - start

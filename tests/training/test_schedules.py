@@ -18,9 +18,9 @@ def config(**changes) -> TrainConfig:
   return TrainConfig(**options | {"learning_rate": PEAK} | changes)
 
 
-def rates(steps, **changes) -> list[float]:
+def rates(at, **changes) -> list[float]:
   schedule = warmup_step_decay(config(**changes))
-  return [float(schedule(jnp.int32(step))) for step in steps]
+  return [float(schedule(jnp.int32(step))) for step in at]
 
 
 def test_the_paper_s_schedule():
@@ -38,13 +38,13 @@ def test_the_paper_s_schedule():
     9999: 0.1,
   }
   expected = [PEAK * share for share in by_step.values()]
-  np.testing.assert_allclose(rates(by_step), expected, rtol=1e-6)
+  np.testing.assert_allclose(rates(by_step), expected, rtol=1e-5)
 
 
 def test_warm_up_rises_by_equal_amounts():
   found = rates(range(6), warmup_steps=4)
   expected = [PEAK * share for share in (0.25, 0.5, 0.75, 1, 1, 1)]
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
   for warmup in (0, 1):
     np.testing.assert_allclose(rates([0, 1], warmup_steps=warmup), PEAK)
 
@@ -53,7 +53,7 @@ def test_a_run_shorter_than_its_warm_up():
   # Both apply: the ramp goes on, and the steps down multiply it.
   found = rates([0, 7, 8, 9], steps=10, warmup_steps=20)
   expected = [PEAK * s for s in (1 / 20, 8 / 20, 0.316 * 9 / 20, 0.1 * 10 / 20)]
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_points_of_the_config():
@@ -65,7 +65,7 @@ def test_points_of_the_config():
     decay_factors=(0.5, 0.2),
   )
   np.testing.assert_allclose(
-    found, [PEAK, 0.5 * PEAK, 0.5 * PEAK, 0.2 * PEAK], rtol=1e-6
+    found, [PEAK, 0.5 * PEAK, 0.5 * PEAK, 0.2 * PEAK], rtol=1e-5
   )
   constant = rates(
     [0, 99], steps=100, warmup_steps=0, decay_points=(), decay_factors=()
@@ -83,7 +83,7 @@ def test_points_that_fall_on_one_step(steps):
     "decay_factors": (0.5, 0.4, 0.2),
   }
   found = rates([round(0.6 * steps)], **options)
-  np.testing.assert_allclose(found, 0.2 * PEAK, rtol=1e-6)
+  np.testing.assert_allclose(found, 0.2 * PEAK, rtol=1e-5)
 
 
 def test_it_is_traced_like_any_function_of_the_step():
@@ -91,7 +91,8 @@ def test_it_is_traced_like_any_function_of_the_step():
   steps = jnp.arange(12)
   found = jax.jit(jax.vmap(schedule))(steps)
   assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, [float(schedule(s)) for s in steps])
+  expected = [float(schedule(step)) for step in steps]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_rate_is_a_multiple_of_the_peak():
@@ -100,5 +101,5 @@ def test_the_rate_is_a_multiple_of_the_peak():
   base = config(steps=1000, warmup_steps=10)
   double = warmup_step_decay(dataclasses.replace(base, learning_rate=2 * PEAK))
   np.testing.assert_allclose(
-    [float(double(s)) for s in steps], 2 * np.array(once), rtol=1e-6
+    [float(double(s)) for s in steps], 2 * np.array(once), rtol=1e-5
   )

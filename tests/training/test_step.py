@@ -1,0 +1,447 @@
+"""Tests of the training step against a dense one, and of what it must not do.
+
+Compilation is most of the time here: tests share one compiled step wherever
+they can.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from engram_jax.backbone.moe import updated_bias
+from engram_jax.config import MoEConfig
+from engram_jax.training.state import TrainState, flatten, unflatten
+from engram_jax.training.step import (
+  cross_entropy,
+  make_eval_step,
+  make_train_step,
+)
+
+
+def host(tree) -> dict[str, np.ndarray]:
+  """A copy of the leaves that shares nothing with them."""
+  return {name: np.array(leaf) for name, leaf in flatten(tree).items()}
+
+
+def with_leaf(state: TrainState, name: str, change) -> TrainState:
+  leaves = flatten(state)
+  return unflatten(state, leaves | {name: change(leaves[name])})
+
+
+def same_bits(one, other) -> list[str]:
+  """Names of the leaves that differ."""
+  return [n for n in one if one[n].tobytes() != other[n].tobytes()]
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+  return make_batch()
+
+
+@pytest.fixture(scope="module")
+def stepped(tiny, train_step, batch):
+  """State before, state after, and metrics of one step."""
+  before = host(tiny.state())
+  state, metrics = train_step(tiny.state(), batch)
+  return before, host(state), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, batch):
+  """Loss, gradients and load, with the tables differentiated as a whole."""
+  program = tiny.program
+  state = tiny.state()
+  canonical = program.compression(batch["inputs"])
+  row_ids = program.hashing.hash(canonical, breaks=batch["breaks"])
+
+  def loss_of(params, tables, balance):
+    rows = {i: tables[i][ids] for i, ids in row_ids.items()}
+    model = nnx.merge(program.graph, params, balance)
+    out = model(batch["inputs"], rows, breaks=batch["breaks"])
+    log_p = jax.nn.log_softmax(out.logits)
+    picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)
+    mask = batch["loss_mask"]
+    loss = -jnp.sum(picked[..., 0] * mask) / jnp.sum(mask)
+    (moe,) = out.moe
+    return loss + moe.balance_loss, (loss, moe.load)
+
+  gradient = jax.jit(jax.grad(loss_of, argnums=(0, 1, 2), has_aux=True))
+  gradients, (loss, load) = gradient(state.params, state.tables, state.balance)
+  touched = {i: np.unique(np.asarray(ids)) for i, ids in row_ids.items()}
+  return gradients, float(loss), np.asarray(load), touched
+
+
+# --- what a step does ---
+
+
+def test_a_step_is_the_dense_step(tiny, stepped, dense):
+  before, after, metrics = stepped
+  (by_params, by_tables, _), loss, _, touched = dense
+  train = tiny.program.train
+  norm = float(optax.global_norm((by_params, by_tables)))
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+  assert norm > train.clip_norm, "the clip must be seen to work"
+
+  # Dense Adam by optax, at the first step's rate: half of the peak.
+  rate = train.learning_rate / 2
+  np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
+  clip = min(1.0, train.clip_norm / norm)
+  state = tiny.state()
+  adam = {"b1": train.adam_b1, "b2": train.adam_b2, "eps": train.adam_eps}
+  optimizers = {
+    "params": (optax.adamw(rate, weight_decay=0.0, **adam), state.params),
+    "tables": (
+      optax.adam(rate * train.table_learning_rate_multiplier, **adam),
+      state.tables,
+    ),
+  }
+  gradients = {"params": by_params, "tables": by_tables}
+  for part, (optimizer, values) in optimizers.items():
+    clipped = jax.tree.map(lambda g: g * clip, gradients[part])
+    updates, _ = optimizer.update(clipped, optimizer.init(values), values)
+    sizes = flatten(clipped)
+    for name, update in flatten(updates).items():
+      path = f"{part}/{name}"
+      expected = before[path] + np.asarray(update)
+      if part == "params" and not name.endswith(("scale", "bias")):
+        expected = expected - rate * train.weight_decay * before[path]
+      # Adam divides a gradient by its own size, so that one near 0 turns its
+      # rounding errors into a whole step: only above that can be compared.
+      clear = np.abs(sizes[name]) > 1e-5
+      assert clear.any(), path
+      np.testing.assert_allclose(
+        after[path][clear], expected[clear], rtol=1e-5, atol=2e-5, err_msg=path
+      )
+  table, was = after["tables/0"], before["tables/0"]
+  untouched = np.setdiff1d(np.arange(len(was)), touched[0])
+  assert len(untouched) > 10 and len(touched[0]) > 10
+  assert table[untouched].tobytes() == was[untouched].tobytes()
+  assert (table[touched[0]] != was[touched[0]]).any(axis=1).all()
+  assert metrics["rows_touched/0"] == len(touched[0])
+
+
+def test_moments_are_those_of_the_clipped_gradient(tiny, stepped, dense):
+  _, after, metrics = stepped
+  (by_params, by_tables, _), _, _, _ = dense
+  train = tiny.program.train
+  clip = train.clip_norm / metrics["grad_norm"]
+  # The rows take part in the norm: without them it would be another one.
+  alone = float(optax.global_norm(by_params))
+  assert abs(alone - metrics["grad_norm"]) > 1e-3 * alone
+  means = {f"opt_state/0/mu/{n}": g for n, g in flatten(by_params).items()} | {
+    "table_states/0/mean": by_tables[0]
+  }
+  for name, gradient in means.items():
+    expected = (1 - train.adam_b1) * clip * np.asarray(gradient)
+    np.testing.assert_allclose(
+      after[name], expected, rtol=2e-3, atol=1e-7, err_msg=name
+    )
+
+
+def test_counts_advance(stepped):
+  _, after, metrics = stepped
+  for name in ("step", "opt_state/0/count", "table_states/0/step"):
+    assert after[name] == 1, name
+  assert metrics["finite"] and metrics["dropped"] == 0
+  assert metrics["gate_mean/0"].shape == (1,)
+  assert 0 < metrics["gate_mean/0"] < 1
+
+
+def test_balancing_moves_toward_idle_experts_alone(tiny, stepped, dense):
+  before, after, metrics = stepped
+  (_, _, by_balance), _, load, _ = dense
+  name = "balance/blocks/0/ffn/bias"
+  assert not any(np.asarray(g).any() for g in jax.tree.leaves(by_balance))
+  moved = after[name] - before[name]
+  rate = tiny.program.model.moe.balance_rate
+  np.testing.assert_allclose(moved, rate * np.sign(load.mean() - load))
+  assert moved.any() and load.sum() == 4 * 12 * 2
+  np.testing.assert_array_equal(
+    moved, updated_bias(jnp.zeros(4), jnp.asarray(load), rate=rate)
+  )
+  np.testing.assert_allclose(
+    metrics["max_violation"], [load.max() / load.mean() - 1], rtol=1e-6
+  )
+  # No optimizer knows of it: no moments, hence no decay.
+  assert not any(
+    "bias" in n
+    for n in after
+    if n.startswith("opt_state/0/mu/b") and "/ffn/" in n
+  )
+
+
+def test_only_matrices_decay(tiny, train_step, batch):
+  # Without targets there is no gradient but that of the balance loss, which
+  # stops at the router's inputs; what has none moves by decay alone.
+  quiet = batch | {"loss_mask": jnp.zeros_like(batch["loss_mask"])}
+  before = tiny.state()
+  # Gains and biases of 1 would show any decay.
+  before = with_leaf(before, "params/blocks/0/engram/value_bias", jnp.ones_like)
+  was = host(before)
+  state, metrics = train_step(before, quiet)
+  now, train = host(state), tiny.program.train
+  assert metrics["loss"] == 0 and metrics["finite"]
+  rate = float(metrics["learning_rate"])
+  # Above the router there is no gradient at all.
+  for name in ("ffn/down", "ffn/shared/up"):
+    path = f"params/blocks/0/{name}"
+    np.testing.assert_allclose(
+      now[path], was[path] * (1 - rate * train.weight_decay), rtol=1e-6
+    )
+  assert (
+    now["params/norm/scale"].tobytes() == was["params/norm/scale"].tobytes()
+  )
+  # Where a gradient comes through, it is Adam alone: no move beyond its rate.
+  path = "params/blocks/0/engram/value_bias"
+  assert (np.abs(now[path] - was[path]) <= 1.001 * rate).all()
+
+
+def test_the_loss_counts_masked_targets_out(tiny, train_step, batch):
+  targets = batch["targets"]
+  wrong = jnp.where(batch["loss_mask"], targets, (targets + 7) % 60)
+  assert (wrong != targets).any()
+  one, first = train_step(tiny.state(), batch)
+  other, second = train_step(tiny.state(), batch | {"targets": wrong})
+  assert first["loss"] == second["loss"]
+  assert same_bits(host(one), host(other)) == []
+  seen = jnp.where(batch["loss_mask"], (targets + 7) % 60, targets)
+  _, third = train_step(tiny.state(), batch | {"targets": seen})
+  assert third["loss"] != first["loss"]
+
+
+def test_cross_entropy_by_hand():
+  logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]]))
+  targets = jnp.array([[1, 2]])
+  for mask, expected in (
+    ([[True, True]], -np.log(0.25) - np.log(0.7)),
+    ([[False, True]], -np.log(0.7)),
+    ([[False, False]], 0.0),
+  ):
+    found = cross_entropy(logits, targets, jnp.array(mask))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_masked_position_may_hold_anything():
+  logits = jnp.array([[[0.0, jnp.inf], [0.0, 0.0]]])
+  mask = jnp.array([[False, True]])
+  found = cross_entropy(logits, jnp.array([[0, 0]]), mask)
+  np.testing.assert_allclose(found, np.log(2), rtol=1e-6)
+
+
+# --- what a step must not do ---
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("params/blocks/0/attention/query", jnp.nan),
+    ("params/embedding/table", jnp.inf),
+    ("params/blocks/0/engram/value_kernel", 1e38),
+    ("tables/0", jnp.nan),
+  ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(
+  tiny, train_step, batch, name, value
+):
+  state, _ = train_step(tiny.state(), batch)  # moments other than 0
+  state = with_leaf(state, name, lambda x: jnp.full_like(x, value))
+  before = host(state)
+  state, metrics = train_step(state, batch)
+  assert not metrics["finite"]
+  assert not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+  after = host(state)
+  assert after["step"] == before["step"] + 1
+  assert same_bits(before, after) == ["step"]
+
+
+def test_a_run_goes_on_after_a_step_that_is_not_finite(tiny, train_step, batch):
+  state = tiny.state()
+  broken = with_leaf(tiny.state(), "tables/0", lambda x: x * jnp.nan)
+  broken, _ = train_step(broken, batch)
+  # The tables mended: as if that step had not been, but for the rate.
+  mended = dataclasses.replace(broken, tables=tiny.state().tables)
+  mended, metrics = train_step(mended, batch)
+  assert metrics["finite"] and int(mended.step) == 2
+  state = dataclasses.replace(state, step=jnp.ones((), jnp.int32))
+  state, _ = train_step(state, batch)
+  assert same_bits(host(state), host(mended)) == []
+
+
+def test_tables_are_written_in_place(tiny, train_step, batch):
+  state = tiny.state()
+
+  def places(state):
+    arrays = (state.tables[0], *state.table_states[0][1:3])
+    return [array.unsafe_buffer_pointer() for array in arrays]
+
+  before = places(state)
+  for _ in range(3):
+    state, _ = train_step(state, batch)
+    assert places(state) == before
+  # A step that is skipped hands them on as well.
+  state = with_leaf(state, "params/norm/scale", lambda x: x * jnp.nan)
+  state, metrics = train_step(state, batch)
+  assert not metrics["finite"] and places(state) == before
+
+
+@pytest.fixture(scope="module")
+def memory_of(make_tiny, make_batch):
+  """Bytes of the compiled step for tables of about so many rows."""
+
+  def measure(rows):
+    memory = make_tiny().program.model.engram
+    memory = dataclasses.replace(memory, rows_per_head=(rows // 2, rows // 2))
+    # Without experts it compiles in a fraction of the time.
+    tiny = make_tiny(model={"engram": memory, "moe": None})
+    step = make_train_step(tiny.program)
+    compiled = step.lower(tiny.abstract_state(), make_batch()).compile()
+    return compiled.memory_analysis()
+
+  return measure
+
+
+def test_memory_does_not_grow_with_the_rows(memory_of):
+  small, large = memory_of(10_000), memory_of(1_000_000)
+  # The tables are there, and are the same buffers before and after.
+  table = 1_000_000 * 4 * 4
+  assert large.argument_size_in_bytes > 3 * table
+  assert large.alias_size_in_bytes > 3 * table
+  assert large.temp_size_in_bytes < 0.2 * table
+  growth = large.temp_size_in_bytes / small.temp_size_in_bytes
+  assert 0.99 < growth < 1.01, growth
+
+
+# --- other programs ---
+
+
+def test_accumulation_changes_nothing_but_rounding(
+  make_tiny, tiny, stepped, batch
+):
+  # As the state has no gradient near 0 of which Adam would make a step of
+  # rounding errors, moments are compared, and what moved by them.
+  _, once, metrics = stepped
+  halves = make_tiny(accumulation=2)
+  state, its = make_train_step(halves.program)(tiny.state(), batch)
+  twice = host(state)
+  for name in ("loss", "grad_norm", "balance_loss", "gate_mean/0"):
+    np.testing.assert_allclose(its[name], metrics[name], rtol=1e-5)
+  for name in ("rows_touched/0", "max_violation", "learning_rate"):
+    np.testing.assert_array_equal(its[name], metrics[name])
+  for name, expected in once.items():
+    if name.startswith(("opt_state/0/nu", "table_states/0/variance")):
+      # Squares of gradients: far below what float32 resolves near 1.
+      np.testing.assert_allclose(
+        np.sqrt(twice[name]), np.sqrt(expected), rtol=1e-3, atol=1e-6
+      )
+    elif name.startswith(("opt_state/0/mu", "table_states/0/mean")):
+      np.testing.assert_allclose(twice[name], expected, rtol=1e-3, atol=1e-7)
+    elif name.startswith(("params/", "tables/")):
+      close = np.isclose(twice[name], expected, rtol=1e-4, atol=1e-5)
+      mean = once.get(name.replace("params/", "opt_state/0/mu/"))
+      mean = once["table_states/0/mean"] if mean is None else mean
+      assert (close | (np.abs(mean) < 1e-6)).all(), name
+    else:
+      np.testing.assert_array_equal(twice[name], expected, err_msg=name)
+
+
+def test_a_model_without_memory_trains(make_tiny, batch):
+  plain = make_tiny(memory=False)
+  step = make_train_step(plain.program)
+  state, losses = plain.state(), []
+  for _ in range(8):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] and int(state.step) == 8
+  assert state.tables == {} and state.table_states == {}
+  assert not any("gate_mean" in name or "rows" in name for name in metrics)
+
+
+def test_training_learns(tiny, train_step, make_batch):
+  state, batch, losses = tiny.state(), make_batch(1), []
+  for _ in range(15):
+    state, metrics = train_step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_bucketed_dispatch_counts_what_it_drops(make_tiny, batch):
+  experts = make_tiny().program.model.moe
+  tight = dataclasses.replace(experts, dispatch="bucketed", capacity_factor=0.5)
+  assert isinstance(tight, MoEConfig)
+  bucketed = make_tiny(model={"moe": tight}, accumulation=2)
+  _, metrics = make_train_step(bucketed.program)(bucketed.state(), batch)
+  # Half of the mean load fits: at least half of 4 * 12 * 2 falls out.
+  assert 48 <= metrics["dropped"] < 96
+
+
+# --- evaluation ---
+
+
+@pytest.fixture(scope="module")
+def evaluations(tiny, batch):
+  state = tiny.state()
+  steps = {
+    mode: make_eval_step(tiny.program, memory=mode)
+    for mode in ("on", "off", "shuffled")
+  }
+  return {mode: step(state, batch) for mode, step in steps.items()}, steps
+
+
+def test_evaluation_sums_the_loss_of_the_targets(evaluations, stepped, batch):
+  found, _ = evaluations
+  _, _, metrics = stepped
+  targets = int(batch["loss_mask"].sum())
+  assert {int(count) for _, count in found.values()} == {targets}
+  total, _ = found["on"]
+  np.testing.assert_allclose(total / targets, metrics["loss"], rtol=1e-5)
+  losses = {mode: float(total) for mode, (total, _) in found.items()}
+  assert (
+    len(set(losses.values())) == 3 and np.isfinite([*losses.values()]).all()
+  )
+
+
+def test_evaluation_without_memory_reads_no_table(tiny, evaluations, batch):
+  found, steps = evaluations
+  state = tiny.state()
+  broken = with_leaf(state, "tables/0", lambda x: x * jnp.nan)
+  assert steps["off"](broken, batch)[0] == found["off"][0]
+  for mode in ("on", "shuffled"):
+    assert jnp.isnan(steps[mode](broken, batch)[0])
+
+
+def test_shuffled_rows_are_real_rows_of_another_place(tiny, evaluations, batch):
+  _, steps = evaluations
+  # With every row alike, it does not matter which one is read.
+  alike = with_leaf(
+    tiny.state(), "tables/0", lambda x: jnp.broadcast_to(x[:1], x.shape)
+  )
+  on, shuffled = (steps[mode](alike, batch)[0] for mode in ("on", "shuffled"))
+  np.testing.assert_allclose(on, shuffled, rtol=1e-6)
+
+
+def test_evaluation_drops_no_assignment(make_tiny, tiny, evaluations, batch):
+  tight = dataclasses.replace(
+    tiny.program.model.moe, dispatch="bucketed", capacity_factor=0.1
+  )
+  bucketed = make_tiny(model={"moe": tight})
+  total, _ = make_eval_step(bucketed.program)(tiny.state(), batch)
+  np.testing.assert_allclose(total, evaluations[0]["on"][0], rtol=1e-6)
+
+
+def test_evaluation_leaves_the_state_to_its_owner(tiny, evaluations, batch):
+  _, steps = evaluations
+  state = tiny.state()
+  before = host(state)
+  steps["on"](state, batch)
+  assert same_bits(before, host(state)) == []
+
+
+def test_an_unknown_use_of_the_memory_is_refused(tiny):
+  with pytest.raises(ValueError, match=r"^memory: none; valid: one of on, off"):
+    make_eval_step(tiny.program, memory="none")
