@@ -188,7 +188,8 @@ def load_run(
   folder = RunFolder(pathlib.Path(workdir).expanduser().absolute())
   valid = "the folder of a run, with config.json and checkpoints/"
   require(folder.config.exists(), "workdir", folder.path, valid)
-  with Checkpoints(folder.checkpoints, keep_last=None, keep_best=0) as saved:
+  require(folder.checkpoints.exists(), "workdir", folder.path, valid)
+  with Checkpoints.open(folder.checkpoints) as saved:
     step = saved.latest_step() if step is None else step
     stored = saved.read_constants(step)
     config = from_dict(ExperimentConfig, stored["config"])

@@ -2,23 +2,24 @@
 
   python -m experiments.benchmarks.engram_module
 
-The sizes are those of the one other JAX implementation's figures, so that its
-rows can be set beside these: hidden 1024, 4 streams, orders 2 and 3, 8 heads
-of width 64 an order, 4 taps, 2 x 512 tokens, float32. Hashing is part of every
-line but the last ones. A line's peak memory is that of a process that ran it
-alone; times are taken in turns, both table sizes in one process.
+The sizes are those of the figures measured for the one other JAX
+implementation, so that its rows can be set beside these: hidden 1024, 4
+streams, orders 2 and 3, 8 heads of width 64 an order, 4 taps, 2 x 512 tokens,
+float32. A line's peak memory is that of a process that ran it alone; times are
+taken in turns, both table sizes in one process. All lines hash but the row
+optimizer.
 
-  forward               hash, lookup, fuse
-  forward + backward    and gradients of parameters, hidden state and rows
-  . dense               the same, but of the whole table instead of its rows
-  step                  and Adam: of parameters, and of the touched rows
-  lookup + rows' grad   of a sum of squares; duplicates summed
-  . dense               of the same, as a whole table
-  row optimizer         duplicates summed, lazy Adam
-  hash                  row ids alone
+  forward                     hash, lookup, fuse
+  forward + backward          gradients of parameters, hidden state and rows
+  forward + backward, dense   of the whole table instead of its rows
+  step                        and Adam: of parameters, and of touched rows
+  rows' gradient              lookup, gradient of a sum of squares, duplicates
+  table's gradient            the same as a dense array
+  row optimizer               duplicates summed, lazy Adam
+  hash                        row ids alone
 """
 
-import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,33 +33,18 @@ from flax import nnx
 from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, fuse, fuse_options
-from engram_jax.fusion.short_conv import short_conv
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_optimizers import lazy_adam, sum_duplicates
 from engram_jax.memory.table import init_table, lookup
-from experiments.benchmarks import harness
+from experiments.benchmarks import convolution, harness
 
+HERE = "experiments.benchmarks.engram_module"
 LAYER = 1
 RATE = 1e-3
-#: Tables' worth of memory that a line needs, itself included.
-TABLES = {
-  "forward": 1,
-  "forward + backward": 1,
-  "forward + backward, dense": 2,
-  "step": 3,
-  "lookup + rows' grad": 1,
-  "lookup + rows' grad, dense": 2,
-  "row optimizer": 3,
-  "hash": 0,
-}
-LINES = tuple(TABLES)
-#: Beside each other, since each step donates the table.
-CONV_LINES = (
-  "forward",
-  "forward, nnx.Conv",
-  "forward + backward",
-  "forward + backward, nnx.Conv",
-)
+ADAM = optax.adam(RATE)
+ROW_ADAM = lazy_adam()
+#: Arrays as large as the table, by how many tables they are.
+TABLES = {"table": 1, "row_state": 2}
 
 
 class Sizes(NamedTuple):
@@ -75,13 +61,14 @@ class Sizes(NamedTuple):
 
 
 class Layer:
-  """One layer at one table size, and what each line runs on it.
+  """One layer at one table size, with the arrays that its lines have needed.
 
-  Arrays are made when a line first needs them: a process that runs the forward
-  pass alone never holds a moment.
+  An array is made when a line first asks for it: a process that runs the
+  forward pass alone never holds a moment.
   """
 
   def __init__(self, rows_per_head: int, sizes: Sizes):
+    self.sizes = sizes
     self.config = EngramConfig(
       hidden_size=sizes.hidden_size,
       layers=(LAYER,),
@@ -100,261 +87,205 @@ class Layer:
       pad_id=2,
     )
     self.num_rows = self.hashing.num_rows[LAYER]
+    self.table_bytes = 4 * self.num_rows * sizes.head_dim
+    self.arrays: dict[str, Any] = {}
+
+  def __getitem__(self, name: str) -> Any:
+    if name not in self.arrays:
+      self.arrays[name] = self._make(name)
+    return self.arrays[name]
+
+  def _make(self, name: str) -> Any:
+    sizes, width = self.sizes, self.config.head_dim
     shape = (sizes.batch, sizes.length)
-    tokens = np.random.default_rng(0).integers(0, sizes.vocab_size, shape)
-    self.tokens = jnp.asarray(tokens, jnp.int32)
-    shape = (*shape, sizes.streams, sizes.hidden_size)
-    self.hidden, self.target = jax.random.normal(jax.random.key(0), (2, *shape))
-    self.params = Engram(self.config, rngs=nnx.Rngs(0)).params()
-    self.adam = optax.adam(RATE)
-    self.row_adam = lazy_adam()
-
-  @functools.cached_property
-  def table(self):
-    # Without noise: drawing it would be the peak of memory.
-    size = (self.num_rows, self.config.head_dim)
-    return harness.resident(init_table(jax.random.key(1), *size, std=0))
-
-  @functools.cached_property
-  def opt_state(self):
-    return self.adam.init(self.params)
-
-  @functools.cached_property
-  def row_state(self):
-    return harness.resident(self.row_adam.init(self.table))
+    match name:
+      case "tokens":
+        draw = np.random.default_rng(0).integers
+        return jnp.asarray(draw(0, sizes.vocab_size, shape), jnp.int32)
+      case "hidden" | "target":
+        key = jax.random.key(len(name))
+        return jax.random.normal(
+          key, (*shape, sizes.streams, sizes.hidden_size)
+        )
+      case "params":
+        return Engram(self.config, rngs=nnx.Rngs(0)).params()
+      case "opt_state":
+        return ADAM.init(self["params"])
+      case "table":
+        # Without noise: drawing it would be the peak of memory.
+        empty = init_table(jax.random.key(0), self.num_rows, width, std=0)
+        return harness.resident(empty)
+      case "row_state":
+        return harness.resident(ROW_ADAM.init(self["table"]))
+      case "row_ids":
+        return self.row_ids(self["tokens"])
+      case "by_rows":
+        key = jax.random.key(1)
+        return jax.random.normal(key, (*self["row_ids"].shape, width))
+      case _:
+        raise KeyError(name)
 
   def row_ids(self, tokens):
     return self.hashing.row_ids(tokens, LAYER)
 
+  def rows(self, table, tokens):
+    return lookup(table, self.row_ids(tokens))
+
+  def fuse(self, params, hidden, rows):
+    return fuse(params, hidden, rows, **fuse_options(self.config)).update
+
   def loss(self, params, hidden, rows, target):
-    # The product with a fixed array: a gradient of full rank, for nothing.
-    fused = fuse(params, hidden, rows, **fuse_options(self.config))
-    return jnp.mean(fused.update * target)
+    # A fixed array makes the gradient a dense one at no cost.
+    return jnp.mean(self.fuse(params, hidden, rows) * target)
+
+  def update(self, table, row_state, row_ids, by_rows):
+    gradients = sum_duplicates(row_ids, by_rows, num_rows=self.num_rows)
+    return ROW_ADAM.update(table, row_state, gradients, RATE)
 
   def runs(self, line: str) -> Callable[[], Any]:
     """The line as a function without arguments, its arrays made."""
-    jitted = jax.jit(_FUNCTIONS[line], static_argnums=0)
-    if line == "hash":
-      return lambda: jitted(self, self.tokens)
-    table = self.table  # made now, not in the first call
-    del table
-    if line not in ("step", "row optimizer"):
-      return lambda: jitted(
-        self, self.table, self.params, self.hidden, self.target, self.tokens
-      )
-    opt_state, row_state = self.opt_state, self.row_state
-    del opt_state, row_state
-    donating = jax.jit(
-      _FUNCTIONS[line], static_argnums=0, donate_argnums=(1, 2)
-    )
-    if line == "step":
+    function, reads, writes = LINES[line]
 
-      def step():
-        state = (self.params, self.opt_state, self.table, self.row_state)
-        state, loss = donating(
-          self, state[:2], state[2:], self.hidden, self.target, self.tokens
-        )
-        self.params, self.opt_state, self.table, self.row_state = state
-        return loss
+    def pure(written, read):
+      return function(self, **written, **read)
 
-      return step
+    jitted = jax.jit(pure, donate_argnums=0)
 
-    ids = jax.jit(self.row_ids)(self.tokens)
-    shape = (*ids.shape, self.config.head_dim)
-    gradients = jax.random.normal(jax.random.key(2), shape)
+    def call():
+      written = {name: self.arrays.pop(name) for name in writes}
+      new, result = jitted(written, {name: self[name] for name in reads})
+      self.arrays.update(new)
+      return result, new
 
-    def update():
-      self.table, self.row_state = donating(
-        self, self.table, self.row_state, ids, gradients
-      )
-      return self.row_state.step
-
-    return update
+    for name in (*reads, *writes):
+      self[name]
+    return call
 
 
-def _forward(layer, table, params, hidden, target, tokens):
-  rows = lookup(table, layer.row_ids(tokens))
-  return fuse(params, hidden, rows, **fuse_options(layer.config)).update
+# --- the lines: each returns the arrays that it writes anew, and a result ---
 
 
-def _backward(layer, table, params, hidden, target, tokens):
-  rows = lookup(table, layer.row_ids(tokens))
+def forward(layer, *, table, params, hidden, tokens):
+  return {}, layer.fuse(params, hidden, layer.rows(table, tokens))
+
+
+def backward(layer, *, table, params, hidden, target, tokens):
   grad = jax.value_and_grad(layer.loss, argnums=(0, 1, 2))
-  return grad(params, hidden, rows, target)
+  return {}, grad(params, hidden, layer.rows(table, tokens), target)
 
 
-def _backward_dense(layer, table, params, hidden, target, tokens):
+def backward_dense(layer, *, table, params, hidden, target, tokens):
   def loss(params, hidden, table):
-    rows = lookup(table, layer.row_ids(tokens))
-    return layer.loss(params, hidden, rows, target)
+    return layer.loss(params, hidden, layer.rows(table, tokens), target)
 
-  return jax.value_and_grad(loss, argnums=(0, 1, 2))(params, hidden, table)
-
-
-def _lookup(layer, table, params, hidden, target, tokens):
-  ids = layer.row_ids(tokens)
-  rows = lookup(table, ids)
-  gradients = jax.grad(lambda rows: jnp.sum(rows**2))(rows)
-  return sum_duplicates(ids, gradients, num_rows=layer.num_rows)
+  return {}, jax.value_and_grad(loss, argnums=(0, 1, 2))(params, hidden, table)
 
 
-def _lookup_dense(layer, table, params, hidden, target, tokens):
-  ids = layer.row_ids(tokens)
-  return jax.grad(lambda table: jnp.sum(lookup(table, ids) ** 2))(table)
-
-
-def _update(layer, table, row_state, ids, gradients):
-  distinct = sum_duplicates(ids, gradients, num_rows=layer.num_rows)
-  return layer.row_adam.update(table, row_state, distinct, RATE)
-
-
-def _step(layer, module_state, table_state, hidden, target, tokens):
-  (params, opt_state), (table, row_state) = module_state, table_state
-  ids = layer.row_ids(tokens)
-  loss, (by_params, by_rows) = jax.value_and_grad(layer.loss, argnums=(0, 2))(
-    params, hidden, lookup(table, ids), target
-  )
-  updates, opt_state = layer.adam.update(by_params, opt_state, params)
+def step(layer, *, table, row_state, params, opt_state, hidden, target, tokens):
+  row_ids = layer.row_ids(tokens)
+  grad = jax.value_and_grad(layer.loss, argnums=(0, 2))
+  rows = lookup(table, row_ids)
+  loss, (by_params, by_rows) = grad(params, hidden, rows, target)
+  updates, opt_state = ADAM.update(by_params, opt_state, params)
   params = optax.apply_updates(params, updates)
-  table, row_state = _update(layer, table, row_state, ids, by_rows)
-  return (params, opt_state, table, row_state), loss
-
-
-_FUNCTIONS = dict(
-  zip(
-    LINES,
-    (
-      _forward,
-      _backward,
-      _backward_dense,
-      _step,
-      _lookup,
-      _lookup_dense,
-      _update,
-      lambda layer, tokens: layer.row_ids(tokens),
-    ),
-    strict=True,
+  table, row_state = layer.update(table, row_state, row_ids, by_rows)
+  written = dict(
+    table=table, row_state=row_state, params=params, opt_state=opt_state
   )
-)
+  return written, loss
+
+
+def rows_gradient(layer, *, table, tokens):
+  row_ids = layer.row_ids(tokens)
+  by_rows = jax.grad(lambda rows: jnp.sum(rows**2))(lookup(table, row_ids))
+  return {}, sum_duplicates(row_ids, by_rows, num_rows=layer.num_rows)
+
+
+def table_gradient(layer, *, table, tokens):
+  def loss(table):
+    return jnp.sum(layer.rows(table, tokens) ** 2)
+
+  return {}, jax.grad(loss)(table)
+
+
+def row_optimizer(layer, *, table, row_state, row_ids, by_rows):
+  table, row_state = layer.update(table, row_state, row_ids, by_rows)
+  return dict(table=table, row_state=row_state), None
+
+
+def hash_only(layer, *, tokens):
+  return {}, layer.row_ids(tokens)
+
+
+_INPUTS = ("params", "hidden", "target", "tokens")
+#: Per line its function, what it reads, and what it writes in place.
+LINES = {
+  "forward": (forward, ("table", "params", "hidden", "tokens"), ()),
+  "forward + backward": (backward, ("table", *_INPUTS), ()),
+  "forward + backward, dense": (backward_dense, ("table", *_INPUTS), ()),
+  "step": (step, _INPUTS[1:], ("table", "row_state", "params", "opt_state")),
+  "rows' gradient": (rows_gradient, ("table", "tokens"), ()),
+  "table's gradient": (table_gradient, ("table", "tokens"), ()),
+  "row optimizer": (
+    row_optimizer,
+    ("row_ids", "by_rows"),
+    ("table", "row_state"),
+  ),
+  "hash": (hash_only, ("tokens",), ()),
+}
+#: Whose result is as large as the table.
+DENSE = ("forward + backward, dense", "table's gradient")
 
 
 def measure(
   rows_per_head: Sequence[int],
   *,
-  lines: Sequence[str] = LINES,
+  lines: Sequence[str] = tuple(LINES),
   sizes: Mapping[str, int] | None = None,
   repeats: int,
 ) -> dict[str, Any]:
   """Times `lines` in turns, each at every table size.
 
   Args:
-    rows_per_head: one entry per table size; 16 heads of it make the table.
+    rows_per_head: one entry per table size; `heads` of it an order.
     lines: of `LINES`.
     sizes: fields of `Sizes` that differ from the defaults.
     repeats: timed calls of each.
 
   Returns:
-    `records`, one per line and size, with `line`, `rows`, `table_mib` and the
+    `records`, one per line and table size: `line`, `rows`, `table_mib` and the
     times of `harness.interleaved`.
 
   Raises:
     InputError: an unknown line, or tables that do not fit in memory.
   """
+  names = set()
   for line in lines:
     require(line in LINES, "lines", line, f"of {', '.join(LINES)}")
+    names |= {*LINES[line][1], *LINES[line][2]}
   layers = [Layer(rows, Sizes(**(sizes or {}))) for rows in rows_per_head]
-  mib = [4 * x.num_rows * x.config.head_dim / harness.MIB for x in layers]
-  # Dense gradients come and go: only the largest table has one at a time.
-  tables = [max(n for n in (TABLES[x], 0) if n != 2) for x in lines]
-  transient = any(TABLES[x] == 2 for x in lines)
-  needed = (max(tables, default=0) or 1) * sum(mib) + transient * max(mib)
-  harness.require_memory(
-    "rows_per_head", list(rows_per_head), int(needed * harness.MIB)
-  )
+  held = sum(TABLES.get(name, 0) for name in names)
+  needed = held * sum(layer.table_bytes for layer in layers)
+  if any(line in DENSE for line in lines):
+    needed += max(layer.table_bytes for layer in layers)
+  harness.require_memory("rows_per_head", list(rows_per_head), needed)
+
   cases = {
     (line, i): layer.runs(line)
     for line in lines
     for i, layer in enumerate(layers)
   }
-  times = harness.interleaved(cases, repeats=repeats)
-  records = [
-    {
-      "line": line,
-      "rows": layers[i].num_rows,
-      "table_mib": round(mib[i], 1),
-      **taken,
-    }
-    for (line, i), taken in times.items()
-  ]
+  records = []
+  for (line, i), times in harness.interleaved(cases, repeats=repeats).items():
+    mib = round(layers[i].table_bytes / harness.MIB, 1)
+    size = {"rows": layers[i].num_rows, "table_mib": mib}
+    records.append({"line": line, **size, **times})
   return {"records": records}
-
-
-def measure_conv(
-  *, sizes: Mapping[str, int] | None = None, dilation: int = 3, repeats: int
-) -> dict[str, Any]:
-  """Times `short_conv` and `nnx.Conv` on the same input, in turns.
-
-  Returns:
-    `records`, one per line of `CONV_LINES`; `difference`, the largest of the
-    two outputs relative to the largest entry; `ratio`, per pass how many times
-    as long `nnx.Conv` takes.
-  """
-  size = Sizes(**(sizes or {}))
-  channels = size.streams * size.hidden_size
-  shape = (size.batch, size.length, size.streams, size.hidden_size)
-  x, target = jax.random.normal(jax.random.key(0), (2, *shape))
-  kernel = jax.random.normal(jax.random.key(1), (size.taps, *shape[2:]))
-  flax_conv = nnx.Conv(
-    channels,
-    channels,
-    kernel_size=(size.taps,),
-    kernel_dilation=(dilation,),
-    padding="CAUSAL",
-    feature_group_count=channels,
-    use_bias=False,
-    rngs=nnx.Rngs(0),
-  )
-  graph, _ = nnx.split(flax_conv)
-
-  def ours(x, kernel):
-    return short_conv(x, kernel, dilation=dilation)[0]
-
-  def theirs(x, kernel):
-    weights = nnx.State(
-      {"kernel": nnx.Param(kernel.reshape(size.taps, 1, channels))}
-    )
-    flat = x.reshape(*x.shape[:2], channels)
-    return nnx.merge(graph, weights)(flat).reshape(x.shape)
-
-  def backward(conv):
-    def loss(x, kernel):
-      return jnp.mean(conv(x, kernel) * target)
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))
-
-  passes = (jax.jit(ours), jax.jit(theirs), backward(ours), backward(theirs))
-  cases = {
-    line: functools.partial(function, x, kernel)
-    for line, function in zip(CONV_LINES, passes, strict=True)
-  }
-  here, there = cases["forward"](), cases["forward, nnx.Conv"]()
-  difference = jnp.max(jnp.abs(here - there)) / jnp.max(jnp.abs(there))
-  times = harness.interleaved(cases, repeats=repeats)
-  return {
-    "records": [{"line": line, **taken} for line, taken in times.items()],
-    "difference": float(difference),
-    "ratio": {
-      line: times[f"{line}, nnx.Conv"]["median_ms"] / times[line]["median_ms"]
-      for line in ("forward", "forward + backward")
-    },
-  }
 
 
 def define_flags() -> None:
   harness.define_common("engram_module", repeats=9)
-  flags.DEFINE_list(
-    "rows_per_head", ["64640", "646400"], "The two table sizes."
-  )
+  flags.DEFINE_list("rows_per_head", ["64640", "646400"], "Table sizes.")
   for name, value in Sizes()._asdict().items():
     flags.DEFINE_integer(name, value, "Of the layer or its input.")
 
@@ -363,52 +294,60 @@ def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
   rows_per_head = [int(rows) for rows in args.rows_per_head]
-  common = {
-    "sizes": {name: args[name].value for name in Sizes._fields},
-    "repeats": args.repeats,
-  }
-  here = "experiments.benchmarks.engram_module"
-  times = harness.in_child(
-    f"{here}:measure", rows_per_head=rows_per_head, **common
-  )
-  conv = harness.in_child(f"{here}:measure_conv", **common)
-  records = times["records"]
-  for record, rows in zip(records, rows_per_head * len(LINES), strict=True):
-    alone = harness.in_child(
-      f"{here}:measure",
-      rows_per_head=[rows],
-      lines=[record["line"]],
-      sizes=common["sizes"],
-      repeats=1,
-    )
-    record["peak_mib"] = alone["peak_mib"]
+  sizes = {name: args[name].value for name in Sizes._fields}
 
-  steps = [r["median_ms"] for r in records if r["line"] == "step"]
-  tokens = args.batch * args.length
-  header = ["", "rows", "ms", "least ms", "first s", "peak MiB"]
-  columns = "rows median_ms min_ms first_s peak_mib".split()
-  table = [(r["line"], *(r[name] for name in columns)) for r in records]
-  conv_table = [
-    (r["line"], r["median_ms"], r["min_ms"]) for r in conv["records"]
-  ]
-  ns = 1e6 / tokens
+  def child(rows_per_head, repeats, **lines):
+    return harness.in_child(
+      f"{HERE}:measure",
+      rows_per_head=rows_per_head,
+      sizes=sizes,
+      repeats=repeats,
+      **lines,
+    )
+
+  records = child(rows_per_head, args.repeats)["records"]
+  for i, record in enumerate(records):
+    rows = rows_per_head[i % len(rows_per_head)]
+    record["peak_mib"] = child([rows], 1, lines=[record["line"]])["peak_mib"]
+  names = ("batch", "length", "streams", "hidden_size", "taps")
+  conv = harness.in_child(
+    "experiments.benchmarks.convolution:measure",
+    **{name: sizes[name] for name in names},
+    dilation=3,  # the largest order, as in the paper
+    repeats=args.repeats,
+  )
+
+  def median_ms(line):
+    return [r["median_ms"] for r in records if r["line"] == line]
+
+  tokens = math.prod((args.batch, args.length))
   result = {
-    **common,
-    "step_ratio": steps[-1] / steps[0],
-    "hash_ns_per_token": [
-      ns * r["median_ms"] for r in records if r["line"] == "hash"
-    ],
+    "sizes": sizes,
+    "repeats": args.repeats,
+    "step_ratio": median_ms("step")[-1] / median_ms("step")[0],
+    "hash_ns_per_token": [1e6 * ms / tokens for ms in median_ms("hash")],
     "records": records,
     "convolution": conv,
   }
+  times = ("median_ms", "min_ms", "first_s")
+  header = ["", "rows", "ms", "least ms", "first s", "peak MiB"]
+  columns = ("line", "rows", *times, "peak_mib")
+  table = [[record[name] for name in columns] for record in records]
+  conv_table = [
+    [f"{r['line']}, {r['form']}", *(r[name] for name in times)]
+    for r in conv["records"]
+  ]
+  ratios = "\n".join(
+    f"{line}: nnx.Conv takes {ratio:.1f} times as long as short_conv"
+    for line, ratio in conv["ratio"].items()
+  )
+  text = f"step at the last size over the first: {result['step_ratio']:.2f}"
   harness.publish(
     result,
     [
       harness.aligned(header, table),
-      harness.aligned(["convolution alone", "ms", "least ms"], conv_table),
-      f"step at the largest table / at the smallest: {steps[-1] / steps[0]:.2f}"
-      f"\nnnx.Conv / short_conv: {conv['ratio']['forward']:.1f} forward, "
-      f"{conv['ratio']['forward + backward']:.1f} forward + backward",
+      harness.aligned(["convolution", *header[2:5]], conv_table),
+      f"{text}\n{ratios}",
     ],
   )
 

@@ -14,13 +14,8 @@ import pytest
 from flax import nnx
 
 from engram_jax.backbone.moe import updated_bias
-from engram_jax.config import MoEConfig
 from engram_jax.training.state import TrainState, flatten, unflatten
-from engram_jax.training.step import (
-  cross_entropy,
-  make_eval_step,
-  make_train_step,
-)
+from engram_jax.training.step import cross_entropy, make_train_step
 
 
 def host(tree) -> dict[str, np.ndarray]:
@@ -242,8 +237,9 @@ def test_a_masked_position_may_hold_anything():
   [
     ("params/blocks/0/attention/query", jnp.nan),
     ("params/embedding/table", jnp.inf),
-    ("params/blocks/0/engram/value_kernel", 1e38),
     ("tables/0", jnp.nan),
+    # The loss is finite, the squares of the gradients are not.
+    ("params/norm/scale", 1e25),
   ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -254,7 +250,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
   before = host(state)
   state, metrics = train_step(state, batch)
   assert not metrics["finite"]
-  assert not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+  assert not jnp.isfinite(metrics["grad_norm"])
+  assert jnp.isfinite(metrics["loss"]) == (value == 1e25)
   after = host(state)
   assert after["step"] == before["step"] + 1
   assert same_bits(before, after) == ["step"]
@@ -296,8 +293,10 @@ def memory_of(make_tiny, make_batch):
 
   def measure(rows):
     memory = make_tiny().program.model.engram
-    memory = dataclasses.replace(memory, rows_per_head=(rows // 2, rows // 2))
-    # Without experts it compiles in a fraction of the time.
+    memory = dataclasses.replace(
+      memory, rows_per_head=(rows // 2, rows // 2), short_conv=False
+    )
+    # The less there is, the sooner it is compiled.
     tiny = make_tiny(model={"engram": memory, "moe": None})
     step = make_train_step(tiny.program)
     compiled = step.lower(tiny.abstract_state(), make_batch()).compile()
@@ -351,12 +350,16 @@ def test_accumulation_changes_nothing_but_rounding(
 
 
 def test_a_model_without_memory_trains(make_tiny, batch):
-  plain = make_tiny(memory=False)
+  # Half of the mean load fits: at least half of 4 * 12 * 2 falls out.
+  experts = make_tiny().program.model.moe
+  tight = dataclasses.replace(experts, dispatch="bucketed", capacity_factor=0.5)
+  plain = make_tiny(memory=False, model={"moe": tight}, accumulation=2)
   step = make_train_step(plain.program)
   state, losses = plain.state(), []
   for _ in range(8):
     state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
+    assert 48 <= metrics["dropped"] < 96
   assert losses[-1] < losses[0] and int(state.step) == 8
   assert state.tables == {} and state.table_states == {}
   assert not any("gate_mean" in name or "rows" in name for name in metrics)
@@ -368,80 +371,3 @@ def test_training_learns(tiny, train_step, make_batch):
     state, metrics = train_step(state, batch)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.7 * losses[0], losses
-
-
-def test_bucketed_dispatch_counts_what_it_drops(make_tiny, batch):
-  experts = make_tiny().program.model.moe
-  tight = dataclasses.replace(experts, dispatch="bucketed", capacity_factor=0.5)
-  assert isinstance(tight, MoEConfig)
-  bucketed = make_tiny(model={"moe": tight}, accumulation=2)
-  _, metrics = make_train_step(bucketed.program)(bucketed.state(), batch)
-  # Half of the mean load fits: at least half of 4 * 12 * 2 falls out.
-  assert 48 <= metrics["dropped"] < 96
-
-
-# --- evaluation ---
-
-
-@pytest.fixture(scope="module")
-def evaluations(tiny, batch):
-  state = tiny.state()
-  steps = {
-    mode: make_eval_step(tiny.program, memory=mode)
-    for mode in ("on", "off", "shuffled")
-  }
-  return {mode: step(state, batch) for mode, step in steps.items()}, steps
-
-
-def test_evaluation_sums_the_loss_of_the_targets(evaluations, stepped, batch):
-  found, _ = evaluations
-  _, _, metrics = stepped
-  targets = int(batch["loss_mask"].sum())
-  assert {int(count) for _, count in found.values()} == {targets}
-  total, _ = found["on"]
-  np.testing.assert_allclose(total / targets, metrics["loss"], rtol=1e-5)
-  losses = {mode: float(total) for mode, (total, _) in found.items()}
-  assert (
-    len(set(losses.values())) == 3 and np.isfinite([*losses.values()]).all()
-  )
-
-
-def test_evaluation_without_memory_reads_no_table(tiny, evaluations, batch):
-  found, steps = evaluations
-  state = tiny.state()
-  broken = with_leaf(state, "tables/0", lambda x: x * jnp.nan)
-  assert steps["off"](broken, batch)[0] == found["off"][0]
-  for mode in ("on", "shuffled"):
-    assert jnp.isnan(steps[mode](broken, batch)[0])
-
-
-def test_shuffled_rows_are_real_rows_of_another_place(tiny, evaluations, batch):
-  _, steps = evaluations
-  # With every row alike, it does not matter which one is read.
-  alike = with_leaf(
-    tiny.state(), "tables/0", lambda x: jnp.broadcast_to(x[:1], x.shape)
-  )
-  on, shuffled = (steps[mode](alike, batch)[0] for mode in ("on", "shuffled"))
-  np.testing.assert_allclose(on, shuffled, rtol=1e-6)
-
-
-def test_evaluation_drops_no_assignment(make_tiny, tiny, evaluations, batch):
-  tight = dataclasses.replace(
-    tiny.program.model.moe, dispatch="bucketed", capacity_factor=0.1
-  )
-  bucketed = make_tiny(model={"moe": tight})
-  total, _ = make_eval_step(bucketed.program)(tiny.state(), batch)
-  np.testing.assert_allclose(total, evaluations[0]["on"][0], rtol=1e-6)
-
-
-def test_evaluation_leaves_the_state_to_its_owner(tiny, evaluations, batch):
-  _, steps = evaluations
-  state = tiny.state()
-  before = host(state)
-  steps["on"](state, batch)
-  assert same_bits(before, host(state)) == []
-
-
-def test_an_unknown_use_of_the_memory_is_refused(tiny):
-  with pytest.raises(ValueError, match=r"^memory: none; valid: one of on, off"):
-    make_eval_step(tiny.program, memory="none")
