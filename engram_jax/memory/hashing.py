@@ -9,7 +9,7 @@ All H heads of an order share one mix; columns run over orders, then heads.
 Each multiplier is odd and below 2^63 / V, so a product never overflows and the
 mix is never negative. JAX has 32-bit integers unless told otherwise, so the
 jnp form keeps the mix as two uint32 limbs and takes the remainder without a
-division (Shoup's trick); `row_ids_numpy` is the same in NumPy int64.
+division (`limbs.py`); `row_ids_numpy` is the same in NumPy int64.
 
 Three things interrupt n-grams, and all of them *latch* (production V4.1): once
 a look-back meets one, that shift and every larger one read the pad id.
@@ -25,13 +25,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Int
 
 from engram_jax.errors import (
   InputError,
   check_in_range,
   require,
   require_in_range,
+)
+from engram_jax.memory.limbs import (
+  mixes_by_order,
+  one_per_column,
+  remainder,
 )
 from engram_jax.types import Break, Breaks, CanonicalIds, History, RowIds
 
@@ -225,9 +230,9 @@ class NgramHash:
       jnp.where(ids < 0, self.pad_id, ids).astype(jnp.uint32)
       for ids in self._window(canonical, history, breaks)
     ]
-    mixes = _mix(window, self.multipliers[layer])
-    high, low = (_per_column(limb, self.heads) for limb in zip(*mixes))
-    return _remainder(high, low, primes).astype(jnp.int32)
+    mixes = mixes_by_order(window, self.multipliers[layer])
+    high, low = (one_per_column(limb, self.heads) for limb in zip(*mixes))
+    return remainder(high, low, primes).astype(jnp.int32)
 
   def row_ids_numpy(
     self,
@@ -411,77 +416,3 @@ def _take_primes(least: int, count: int, used: set[int]) -> list[int]:
       used.add(candidate)
     candidate += 1
   return taken
-
-
-# --- 64-bit arithmetic on two uint32 limbs ---
-
-
-def _mix(
-  window: Sequence[UInt32[Array, "B L"]], multipliers: np.ndarray
-) -> list[tuple[UInt32[Array, "B L"], UInt32[Array, "B L"]]]:
-  """(high, low) limbs of mix_2 .. mix_N."""
-  mixes = []
-  high = low = jnp.zeros_like(window[0])
-  for ids, multiplier in zip(window, multipliers.tolist(), strict=True):
-    m_high, m_low = jnp.uint32(multiplier >> 32), jnp.uint32(multiplier % 2**32)
-    low = low ^ (ids * m_low)
-    high = high ^ (_mulhi(ids, m_low) + ids * m_high)
-    mixes.append((high, low))
-  return mixes[1:]
-
-
-def _per_column(
-  limbs: Sequence[UInt32[Array, "B L"]], heads: int
-) -> UInt32[Array, "B L K"]:
-  """One limb per order to one per column: an order serves `heads` columns.
-
-  By selection, not by `jnp.stack` and `jnp.repeat`: those lay out an axis of
-  one number per order, which XLA neither fuses nor vectorises; on CPU the whole
-  hash is about ten times slower that way.
-  """
-  order = np.repeat(np.arange(len(limbs)), heads)
-  columns = jnp.broadcast_to(limbs[0][..., None], (*limbs[0].shape, order.size))
-  for i, limb in enumerate(limbs[1:], start=1):
-    columns = jnp.where(order < i, columns, limb[..., None])
-  return columns
-
-
-def _mulhi(
-  x: UInt32[Array, "*S"], y: UInt32[Array, "*#S"]
-) -> UInt32[Array, "*S"]:
-  """High 32 bits of the product, by four products of 16-bit halves.
-
-  `jax.lax.mulhi` is the same, but a program for several devices does not
-  compile with it (jax 0.10.2 and 0.12.0: "failed to legalize operation").
-  """
-  x_high, x_low = x >> 16, x & 0xFFFF
-  y_high, y_low = y >> 16, y & 0xFFFF
-  # Neither sum overflows: (2^16 - 1)^2 + 2^16 - 1 < 2^32.
-  middle = x_high * y_low + (x_low * y_low >> 16)
-  carry = x_low * y_high + (middle & 0xFFFF)
-  return x_high * y_high + (middle >> 16) + (carry >> 16)
-
-
-def _remainder(
-  high: UInt32[Array, "*S K"], low: UInt32[Array, "*S K"], primes: np.ndarray
-) -> UInt32[Array, "*S K"]:
-  """(high * 2^32 + low) mod primes, for any prime below 2^31.
-
-  Shoup: with c' = floor(c 2^32 / p), x c - floor(x c' / 2^32) p lies in
-  [0, 2p) for any 32-bit x; a 32-bit wrap does not matter, since 2p < 2^32.
-  """
-  c = (1 << 32) % primes
-  c_shoup = _constant((c << 32) // primes)
-  one_shoup = _constant((1 << 32) // primes)
-  c, p = _constant(c), _constant(primes)
-
-  def below_p(x):  # x < 2p; where x < p the difference wraps and is larger
-    return jnp.minimum(x, x - p)
-
-  from_high = below_p(high * c - _mulhi(high, c_shoup) * p)
-  from_low = below_p(low - _mulhi(low, one_shoup) * p)
-  return below_p(from_high + from_low)
-
-
-def _constant(values: np.ndarray) -> UInt32[Array, "K"]:
-  return jnp.asarray(values.astype(np.uint32))

@@ -74,15 +74,13 @@ def measure(
     # would leave the forward pass out.
     return jax.value_and_grad(loss, argnums=(0, 1))
 
-  cases, outputs = {}, []
+  cases = {}
   for name, conv in forms.items():
     for line, function in zip(PASSES, (conv, backward(conv)), strict=True):
       cases[line, name] = functools.partial(jax.jit(function), x, kernel)
-    outputs.append(cases["forward", name]())
-  ours, theirs = outputs
-  difference = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
-  del ours, theirs, outputs
   times = harness.interleaved(cases, repeats=repeats)
+  ours, theirs = (cases["forward", name]() for name in forms)
+  difference = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
   return {
     "records": [
       {"line": line, "form": name, **taken}

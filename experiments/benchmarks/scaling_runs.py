@@ -1,0 +1,226 @@
+"""What `table_scaling` times: runs of a small model, whose calls are steps."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from engram_jax.config import (
+  AttentionConfig,
+  EngramConfig,
+  ModelConfig,
+  TrainConfig,
+)
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.row_optimizers import sum_duplicates
+from engram_jax.training.state import TrainState, abstract_model, init_state
+from engram_jax.training.step import Program, cross_entropy, make_train_step
+from experiments.benchmarks import harness
+
+LAYER = 1
+#: Forms of a step, by the tables' worth of memory at its peak; the dense
+#: one has a gradient and an update besides table and moments.
+TABLES = {"sparse": 3, "memory": 3, "dense": 5}
+DEFAULTS = dict(
+  hidden_size=256,
+  num_layers=2,
+  heads=8,
+  head_dim=64,
+  batch=8,
+  length=128,
+  vocab_size=4096,
+)
+
+
+def program(total_rows: int, sizes: Mapping[str, int]) -> Program:
+  """The training of a small transformer with about `total_rows` rows."""
+  heads, width = sizes["heads"], sizes["hidden_size"]
+  memory = EngramConfig(
+    hidden_size=width,
+    layers=(LAYER,),
+    rows_per_head=(total_rows // (2 * heads),) * 2,
+    heads=heads,
+    head_dim=sizes["head_dim"],
+    pad_id=0,
+    table_init_std=0.0,  # drawing noise would be the peak of memory
+  )
+  model = ModelConfig(
+    vocab_size=sizes["vocab_size"],
+    hidden_size=width,
+    num_layers=sizes["num_layers"],
+    attention=AttentionConfig(
+      num_heads=4,
+      nope_dim=width // 4,
+      rope_dim=16,
+      value_dim=width // 4 + 16,
+      kv_rank=width // 2,
+    ),
+    dense_size=3 * width,
+    engram=memory,
+  )
+  train = TrainConfig(
+    steps=10_000,
+    batch_size=sizes["batch"],
+    seq_len=sizes["length"],
+    warmup_steps=0,
+  )
+  hashing = NgramHash.create(
+    vocab_size=sizes["vocab_size"],
+    rows_per_head=memory.rows_per_head,
+    heads=heads,
+    layers=memory.layers,
+    pad_id=memory.pad_id,
+  )
+  graph, _, _ = abstract_model(model)
+  return Program.create(
+    model,
+    train,
+    graph,
+    hashing=hashing,
+    compression=TokenCompression.identity(sizes["vocab_size"]),
+  )
+
+
+def make_dense_step(program: Program) -> Callable:
+  """The step without the library's idea: differentiate through the lookup.
+
+  The same loss, clipping and rates; `table_states` are optax's.
+  """
+  train = program.train
+  adam = _table_adam(program)
+
+  def loss(params, tables, balance, batch):
+    canonical = program.compression(batch["inputs"])
+    rows, _ = retrieve(
+      tables, program.hashing, canonical, breaks=batch["breaks"]
+    )
+    model = nnx.merge(program.graph, params, balance)
+    out = model(batch["inputs"], rows, breaks=batch["breaks"])
+    mask = batch["loss_mask"]
+    total = cross_entropy(out.logits, batch["targets"], mask)
+    return total / jnp.maximum(jnp.sum(mask), 1)
+
+  def step(state: TrainState, batch):
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
+      state.params, state.tables, state.balance, batch
+    )
+    norm = optax.global_norm(gradients)
+    clip = jnp.minimum(1.0, train.clip_norm / norm)
+    by_params, by_tables = jax.tree.map(lambda g: g * clip, gradients)
+    rate = program.schedule(state.step)
+    updates, opt_state = program.optimizer.update(
+      by_params, state.opt_state, state.params
+    )
+    updates = jax.tree.map(lambda u: u * rate, updates)
+    table_updates, table_states = adam.update(by_tables, state.table_states)
+    table_rate = rate * train.table_learning_rate_multiplier
+    table_updates = jax.tree.map(lambda u: u * table_rate, table_updates)
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      tables=optax.apply_updates(state.tables, table_updates),
+      table_states=table_states,
+    )
+    return state, {"loss": value, "grad_norm": norm}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_memory_step(program: Program) -> Callable:
+  """The row-sparse step without its transformer: nothing to hide behind."""
+
+  def loss(rows):
+    return sum(jnp.mean(jnp.square(x)) for x in jax.tree.leaves(rows))
+
+  def step(state: TrainState, batch):
+    rows, row_ids = program.read(state.tables, batch)
+    value, by_rows = jax.value_and_grad(loss)(rows)
+    tables, table_states = {}, {}
+    for layer, table in state.tables.items():
+      gradients = sum_duplicates(
+        row_ids[layer], by_rows[layer], num_rows=table.shape[0]
+      )
+      tables[layer], table_states[layer] = program.row_optimizer.update(
+        table, state.table_states[layer], gradients, program.schedule(0)
+      )
+    state = dataclasses.replace(state, tables=tables, table_states=table_states)
+    return state, {"loss": value}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _table_adam(program: Program) -> optax.GradientTransformation:
+  train = program.train
+  return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
+
+
+def make_state(program: Program, form: str) -> TrainState:
+  """The state of a run, every page of it real."""
+
+  def init():
+    state = init_state(
+      jax.random.key(0),
+      program.model,
+      program.hashing,
+      optimizer=program.optimizer,
+      row_optimizer=program.row_optimizer,
+    )
+    if form == "dense":
+      states = _table_adam(program).init(state.tables)
+      state = dataclasses.replace(state, table_states=states)
+    return state
+
+  state = jax.jit(init)()
+  tables, states = harness.resident((state.tables, state.table_states))
+  return dataclasses.replace(state, tables=tables, table_states=states)
+
+
+def make_batches(sizes: Mapping[str, int], count: int) -> list[dict]:
+  """`count` batches of random tokens, on the device."""
+  shape = (sizes["batch"], sizes["length"] + 1)
+  draw = np.random.default_rng(0).integers
+  tokens = [draw(0, sizes["vocab_size"], shape) for _ in range(count)]
+  return [
+    {
+      "inputs": jnp.asarray(x[:, :-1], jnp.int32),
+      "targets": jnp.asarray(x[:, 1:], jnp.int32),
+      "breaks": jnp.zeros((shape[0], shape[1] - 1), jnp.int8),
+      "loss_mask": jnp.ones((shape[0], shape[1] - 1), bool),
+    }
+    for x in tokens
+  ]
+
+
+class Run:
+  """A run whose every call is one step, on the next of its batches."""
+
+  def __init__(self, form: str, total_rows: int, sizes: Mapping[str, int]):
+    self.program = program(total_rows, sizes)
+    self.state = make_state(self.program, form)
+    self.step = _STEPS[form](self.program)
+    self.batches = itertools.cycle(make_batches(sizes, 16))
+
+  @property
+  def num_rows(self) -> int:
+    return self.program.hashing.num_rows[LAYER]
+
+  def __call__(self) -> Any:
+    self.state, metrics = self.step(self.state, next(self.batches))
+    return self.state, metrics
+
+
+_STEPS = {
+  "sparse": make_train_step,
+  "memory": make_memory_step,
+  "dense": make_dense_step,
+}

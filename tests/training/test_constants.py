@@ -1,0 +1,104 @@
+"""Tests of which runs a checkpoint belongs to."""
+
+import re
+
+import pytest
+
+from engram_jax.config import DataConfig, TrainConfig, to_dict
+from engram_jax.errors import InputError
+from engram_jax.training.checkpoints import FREE_FIELDS, check_constants
+
+
+def config_of(**train):
+  options = {"steps": 10, "batch_size": 4, "seq_len": 8} | train
+  return {
+    "model": {"hidden_size": 64, "engram": {"layers": [1, 14]}},
+    "data": to_dict(DataConfig()),
+    "train": to_dict(TrainConfig(**options)),
+  }
+
+
+def constants_of(**changes):
+  constants = {
+    "config": config_of(),
+    "hash": {"multipliers": [[3, 5], [7, 9]]},
+    "compression": {"digest": "c60a", "size": 12},
+    "versions": {"jax": "0.10.2"},
+  }
+  return constants | changes
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"config": config_of() | {"model": {"hidden_size": 128}}},
+      "model.hidden_size: 64 in the checkpoint; valid: 128",
+    ),
+    (
+      {"config": config_of(steps=11)},
+      "train.steps: 10 in the checkpoint; valid: 11",
+    ),
+    (
+      {"config": config_of(decay_points=(0.5, 0.9))},
+      "train.decay_points[0]: 0.8 in the checkpoint; valid: 0.5",
+    ),
+    (
+      {"hash": {"multipliers": [[3, 5], [7, 11]]}},
+      "hash.multipliers[1][1]: 9 in the checkpoint; valid: 11",
+    ),
+    (
+      {"hash": {"multipliers": [[3, 5]]}},
+      "hash.multipliers: [[3, 5], [7, 9]] in the checkpoint; valid: [[3, 5]]",
+    ),
+    (
+      {"hash": None},
+      'hash: {"multipliers": [[3, 5], [7, 9]]} in the checkpoint; valid: null',
+    ),
+    (
+      {"compression": {"digest": "c60b", "size": 12}},
+      'compression.digest: "c60a" in the checkpoint; valid: "c60b"',
+    ),
+    (
+      {"tokenizer_digest": "ab"},
+      'tokenizer_digest: missing in the checkpoint; valid: "ab"',
+    ),
+    # True is 1 for Python, and 1 is 1.0, but not the same config.
+    (
+      {"compression": {"digest": "c60a", "size": True}},
+      "compression.size: 12 in the checkpoint; valid: true",
+    ),
+  ],
+)
+def test_another_run_is_refused_by_its_first_field(changes, message):
+  with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    check_constants(constants_of(), constants_of(**changes))
+
+
+def test_a_field_that_this_run_does_not_know_is_refused():
+  found = constants_of(extra=1)
+  with pytest.raises(InputError, match=r"^extra: 1 in .*; valid: missing$"):
+    check_constants(found, constants_of())
+
+
+def test_fields_that_alter_no_step_may_differ():
+  free = config_of(
+    eval_every=1,
+    eval_batches=2,
+    checkpoint_every=3,
+    keep_last=4,
+    keep_best=5,
+    log_every=6,
+  )
+  free["data"]["data_dir"] = "/elsewhere"
+  check_constants(
+    constants_of(), constants_of(config=free, versions={"jax": "0.12"})
+  )
+  # Each of them is the name of a field.
+  for path in FREE_FIELDS:
+    group, name = path.split(".")
+    assert name in config_of()[group]
+  long = constants_of(hash={"primes": list(range(1000))})
+  with pytest.raises(InputError, match=r"^hash.primes: \[0, 1,") as caught:
+    check_constants(long, constants_of(hash={"primes": [1]}))
+  assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
