@@ -93,12 +93,15 @@ def document_layout(
 class Block(nnx.Module):
   """One block: Engram where the config puts one, attention, FFN."""
 
-  def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
-    size = config.hidden_size
+  def __init__(self, config: ModelConfig, layer: int, *, key: Array):
+    size, rngs = config.hidden_size, nnx.Rngs(params=key)
     weights = dict(init_std=config.init_std, dtype=config.dtype, rngs=rngs)
     memory = config.engram
     has_memory = memory is not None and layer in memory.layers
-    self.engram = Engram(memory, rngs=rngs) if has_memory else None
+    # From a stream of its own: a model with and one without a memory start
+    # alike where they are alike.
+    own = nnx.Rngs(params=jax.random.fold_in(key, 1))
+    self.engram = Engram(memory, rngs=own) if has_memory else None
     self.attention_norm = RMSNorm(size, eps=config.norm_eps)
     self.attention = LatentAttention(
       size, config.attention, norm_eps=config.norm_eps, **weights
@@ -137,8 +140,9 @@ class Transformer(nnx.Module):
     weights = dict(init_std=config.init_std, rngs=rngs)
     shape = (config.vocab_size, config.hidden_size)
     self.embedding = Embedding(*shape, dtype=config.dtype, **weights)
+    keys = jax.random.split(rngs.params(), config.num_layers)
     self.blocks = nnx.List(
-      [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
+      [Block(config, layer, key=key) for layer, key in enumerate(keys)]
     )
     self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
     tied = config.tie_embeddings

@@ -100,12 +100,6 @@ def run(
   )
   hashing, compression = make_memory(config, data.tokenizer)
   save_tokenizer_of_run(folder, data.tokenizer_path, compression)
-  expected = constants(
-    config,
-    hashing=hashing,
-    compression=compression,
-    data_digest=data.splits["train"].digest,
-  )
   iterator = iter(
     batches(
       data,
@@ -129,17 +123,26 @@ def run(
         keep_best=train.keep_best,
       )
     )
-    resumes = saved.latest_step() is not None
-    if resumes:
+    stored = None
+    if saved.latest_step() is not None:
       stored = saved.read_constants()
+      if hashing is not None and stored["hash"] is not None:
+        # The stored constants count, whatever this NumPy would draw.
+        hashing = NgramHash.from_dict(stored["hash"])
+    expected = constants(
+      config,
+      hashing=hashing,
+      compression=compression,
+      tokenizer=data.tokenizer,
+      data_digest=data.splits["train"].digest,
+    )
+    if stored is not None:
       check_constants(stored, expected)
-      # The stored constants count, whatever this NumPy would draw.
-      hashing = stored["hash"] and NgramHash.from_dict(stored["hash"])
     graph, _, _ = abstract_model(config.model)
     program = Program.create(
       config.model, train, graph, hashing=hashing, compression=compression
     )
-    if resumes:
+    if stored is not None:
       template = jax.eval_shape(lambda: new_state(program))
       state = saved.restore(template, data_iterator=iterator)
       say(f"Resuming {folder.path} at step {int(state.step)}")

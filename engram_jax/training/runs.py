@@ -9,6 +9,7 @@ WORKDIR/
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -123,6 +124,7 @@ def constants(
   *,
   hashing: NgramHash | None,
   compression: TokenCompression | None,
+  tokenizer: tokenizers.Tokenizer,
   data_digest: str,
 ) -> dict[str, Any]:
   """What every checkpoint holds beside its arrays, ready for JSON."""
@@ -131,6 +133,8 @@ def constants(
     "config": to_dict(config),
     "hash": hashing and hashing.to_dict(),
     "compression_digest": compression and compression.digest,
+    "compression_size": compression and compression.size,
+    "tokenizer_digest": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
     "data_digest": data_digest,
     "versions": {name: importlib.metadata.version(name) for name in packages},
   }

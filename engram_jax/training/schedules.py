@@ -18,7 +18,9 @@ def warmup_step_decay(config: TrainConfig) -> optax.Schedule:
   peak, warmup = config.learning_rate, config.warmup_steps
   values, factor = {}, 1.0
   for point, share in zip(config.decay_points, config.decay_factors):
-    values[round(point * config.steps)] = share / factor
+    step = round(point * config.steps)
+    # In a short run two points may fall on one step: both count.
+    values[step] = values.get(step, 1.0) * share / factor
     factor = share
   decay = optax.piecewise_constant_schedule(peak, values)
   if warmup == 0:

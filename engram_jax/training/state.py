@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from engram_jax.backbone.moe import BalancingBias
 from engram_jax.backbone.transformer import Transformer
@@ -35,11 +35,12 @@ class TrainState:
     table_states: the row optimizer's, per Engram layer.
   """
 
-  step: Int[Array, ""]
+  # Leaves are arrays, or in their place shapes or shardings: as in any pytree.
+  step: Any
   params: nnx.State
   balance: nnx.State
   opt_state: optax.OptState
-  tables: dict[int, Float[Array, "..."]]
+  tables: dict[int, Any]
   table_states: dict[int, Any]
 
 
@@ -109,7 +110,9 @@ def flatten(tree: Any) -> dict[str, Any]:
   outlives its versions. Leaves may be arrays or their shapes.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {_name(path): leaf for path, leaf in leaves}
+  flat = {_name(path): leaf for path, leaf in leaves}
+  assert len(flat) == len(leaves), "two leaves of one name"
+  return flat
 
 
 def unflatten(template: Any, leaves: dict[str, Any]) -> Any:

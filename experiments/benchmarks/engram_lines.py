@@ -80,7 +80,7 @@ class Layer:
         draw = np.random.default_rng(0).integers
         return jnp.asarray(draw(0, sizes.vocab_size, shape), jnp.int32)
       case "hidden" | "target":
-        key = jax.random.key(len(name))
+        key = jax.random.key(1 if name == "hidden" else 3)
         return jax.random.normal(
           key, (*shape, sizes.streams, sizes.hidden_size)
         )

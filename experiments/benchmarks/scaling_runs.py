@@ -120,15 +120,21 @@ def make_dense_step(program: Program) -> Callable:
       by_params, state.opt_state, state.params
     )
     updates = jax.tree.map(lambda u: u * rate, updates)
-    table_updates, table_states = adam.update(by_tables, state.table_states)
-    table_rate = rate * train.table_learning_rate_multiplier
-    table_updates = jax.tree.map(lambda u: u * table_rate, table_updates)
+    tables, table_states = {}, {}
+    for layer, by_table in by_tables.items():
+      table_updates, table_states[layer] = adam.update(
+        by_table, state.table_states[layer]
+      )
+      tables[layer] = optax.apply_updates(
+        state.tables[layer],
+        table_updates * (rate * train.table_learning_rate_multiplier),
+      )
     state = dataclasses.replace(
       state,
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
-      tables=optax.apply_updates(state.tables, table_updates),
+      tables=tables,
       table_states=table_states,
     )
     return state, {"loss": value, "grad_norm": norm}
@@ -176,7 +182,10 @@ def make_state(program: Program, form: str) -> TrainState:
       row_optimizer=program.row_optimizer,
     )
     if form == "dense":
-      states = _table_adam(program).init(state.tables)
+      adam = _table_adam(program)
+      states = {
+        layer: adam.init(table) for layer, table in state.tables.items()
+      }
       state = dataclasses.replace(state, table_states=states)
     return state
 
