@@ -101,7 +101,6 @@ def main(argv) -> None:
     sides[name] = train_seeds(name, at_best, workdir, seeds=seeds, **options)
   pairs = zip(sides["memory"], sides["experts"])
   result = {
-    "command": "python -m experiments.compare --config=... --workdir=...",
     "config": to_dict(config),
     "config_experts": to_dict(rival),
     "tuning": {f"{rate:g}": loss for rate, loss in tuning.items()},

@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -41,11 +43,18 @@ def environment() -> dict[str, Any]:
   }
 
 
+def command() -> str:
+  """The command line of this process, as one would type it."""
+  spec = sys.modules["__main__"].__spec__
+  name = f"-m {spec.name}" if spec else sys.argv[0]
+  return shlex.join(["python", *name.split(), *sys.argv[1:]])
+
+
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   """Writes `result` and the environment to a JSON file, whole."""
   path = pathlib.Path(path).expanduser()
   path.parent.mkdir(parents=True, exist_ok=True)
-  whole = {**result, "environment": environment()}
+  whole = {"command": command(), **result, "environment": environment()}
   write_whole(path, json.dumps(whole, indent=2) + "\n")
 
 
