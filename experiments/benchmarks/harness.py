@@ -230,17 +230,9 @@ def publish(result: dict[str, Any], tables: Sequence[str]) -> None:
   """Prints the tables, and writes the JSON file that `--out` names."""
   from experiments.results import write_result  # see `launch`
 
-  command = ["python", "-m", _program(), *sys.argv[1:]]
   load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-  write_result(
-    flags.FLAGS.out,
-    {"command": " ".join(command), "load_average": load, **result},
-  )
+  write_result(flags.FLAGS.out, {"load_average": load, **result})
   print("\n\n".join([*tables, f"written to {flags.FLAGS.out}"]))
-
-
-def _program() -> str:
-  return sys.modules["__main__"].__spec__.name
 
 
 if __name__ == "__main__":

@@ -117,6 +117,9 @@ def main(argv: Sequence[str]) -> None:
   require(len(rows) >= 2 and sorted(rows) == rows, "rows", rows, valid)
 
   def child(*runs, repeats=args.repeats):
+    # The whole takes many minutes: somebody may be looking.
+    names = " and ".join(f"{form} {count:,}" for form, count in runs)
+    print(f"measuring {names} ...", file=sys.stderr, flush=True)
     return harness.in_child(
       f"{HERE}:measure", runs=runs, sizes=sizes, repeats=repeats
     )
