@@ -19,6 +19,7 @@ that take turns in one process; the peak of a line from a process of its own.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
