@@ -10,12 +10,9 @@ from engram_jax.backbone.moe import MoE
 from engram_jax.backbone.transformer import ModelOutput, Transformer
 from engram_jax.config import (
   AttentionConfig,
-  DataConfig,
   EngramConfig,
-  ExperimentConfig,
   ModelConfig,
   MoEConfig,
-  TrainConfig,
 )
 from engram_jax.errors import InputError
 from engram_jax.fusion import linen
@@ -26,6 +23,7 @@ from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import retrieve
 from engram_jax.memory.table import init_table, lookup
+from engram_jax.run_config import DataConfig, ExperimentConfig, TrainConfig
 from engram_jax.types import Break
 
 __version__ = "0.1.0"

@@ -1,36 +1,31 @@
-"""Frozen dataclasses that say what a run is; checked when they are made.
+"""Frozen dataclasses that say what a model is; checked when they are made.
 
 A config is data: it is saved with every checkpoint and read back
-(`config_dicts.py`), which refuses unknown fields by name. Presets of an
-experiment live in `experiments/configs/`.
+(`config_dicts.py`), which refuses unknown fields by name. The published models
+are in `presets.py`; what a run is besides its model, in `run_config.py`.
 """
 
 import dataclasses
 import math
 from typing import Any
 
-from engram_jax.errors import InputError, require
+from engram_jax.errors import require
 
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dropless", "bucketed", "ragged")
-LOOKUPS = ("auto", "exchange", "gather")
-TABLE_OPTIMIZERS = (
-  "lazy_adam",
-  "lazy_adam_row_steps",
-  "dense_adam",
-  "rowwise_adagrad",
-  "sinkhorn",
-)
+REMATS = ("none", "dots", "block")
 
 
-def _positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
+  """Refuses fields that are not finite numbers above 0."""
   for name in names:
     value = getattr(config, name)
     valid = "a finite number above 0"
     require(0 < value < math.inf, name, value, valid)
 
 
-def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
+  """Refuses a field that is none of `choices`."""
   value = getattr(config, name)
   require(value in choices, name, value, f"one of {', '.join(choices)}")
 
@@ -84,11 +79,11 @@ class EngramConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
-    _positive(self, "hidden_size", "heads", "head_dim", "streams")
-    _positive(self, "conv_kernel_size")
+    require_positive(self, "hidden_size", "heads", "head_dim", "streams")
+    require_positive(self, "conv_kernel_size")
     require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
-    _positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
-    _one_of(self, "dtype", DTYPES)
+    require_positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
+    require_one_of(self, "dtype", DTYPES)
     unique = len(set(self.layers)) == len(self.layers)
     require(
       self.layers and unique and min(self.layers) >= 0,
@@ -137,6 +132,36 @@ class EngramConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnConfig:
+  """YaRN (arXiv 2309.00071): rotary positions stretched for longer sequences.
+
+  The defaults are the paper's, for 32,768 tokens after training on 4,096.
+
+  Attributes:
+    scale: s, longest new length over the original one.
+    original_length: tokens of the sequences that the model was trained on.
+    slow_turns: α: a pair that turns at most so often over the original length
+      is interpolated.
+    fast_turns: β: one that turns at least so often is kept.
+    temperature: f in m = 0.1 f ln(s) + 1, by whose square the softmax's scale
+      is multiplied.
+  """
+
+  scale: float = 10.0
+  original_length: int = 4096
+  slow_turns: float = 1.0
+  fast_turns: float = 32.0
+  temperature: float = 0.707
+
+  def __post_init__(self):
+    require_positive(self, *(f.name for f in dataclasses.fields(self)))
+    require(self.scale >= 1, "scale", self.scale, "a number >= 1")
+    ok = self.slow_turns < self.fast_turns
+    valid = f"less than fast_turns = {self.fast_turns}"
+    require(ok, "slow_turns", self.slow_turns, valid)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
   """Multi-head latent attention (DeepSeek-V2 §2.1).
 
@@ -147,6 +172,10 @@ class AttentionConfig:
     value_dim: width of a head's value.
     kv_rank: width of the latent from which keys and values are made.
     rope_theta: base of the rotary frequencies.
+    yarn: stretches the positions of a trained model; None leaves them.
+    block_size: queries and keys that are compared at a time, so that memory
+      grows with the length and not with its square; 0 compares all at once.
+      The length is padded to whole blocks.
   """
 
   num_heads: int = 32
@@ -155,9 +184,13 @@ class AttentionConfig:
   value_dim: int = 128
   kv_rank: int = 512
   rope_theta: float = 10_000.0
+  yarn: YarnConfig | None = None
+  block_size: int = 0
 
   def __post_init__(self):
-    _positive(self, *(field.name for field in dataclasses.fields(self)))
+    require_positive(self, "num_heads", "nope_dim", "rope_dim", "value_dim")
+    require_positive(self, "kv_rank", "rope_theta")
+    require(self.block_size >= 0, "block_size", self.block_size, ">= 0")
     require(self.rope_dim % 2 == 0, "rope_dim", self.rope_dim, "an even number")
 
 
@@ -190,8 +223,10 @@ class MoEConfig:
   balance_loss: float = 1e-4
 
   def __post_init__(self):
-    _positive(self, "num_experts", "top_k", "expert_size", "capacity_factor")
-    _one_of(self, "dispatch", DISPATCHES)
+    require_positive(
+      self, "num_experts", "top_k", "expert_size", "capacity_factor"
+    )
+    require_one_of(self, "dispatch", DISPATCHES)
     require(
       self.top_k <= self.num_experts,
       "top_k",
@@ -215,7 +250,15 @@ class ModelConfig:
     moe: experts of the other blocks; None makes every block dense.
     num_dense_layers: leading blocks without experts.
     engram: the memory; None for a plain transformer.
-    streams: G, residual streams; 1 until hyper-connections mix more.
+    streams: G, residual streams; more than 1 are mixed by hyper-connections.
+    sinkhorn_iterations: of the hyper-connections: normalisations of rows and
+      columns in turn.
+    scan_blocks: compile blocks of one kind once and loop over them, instead of
+      each by itself: the same function, sooner compiled. Parameters are the
+      same arrays either way.
+    remat: what of a block is kept for the gradient, the rest being computed
+      again: `none` keeps everything, `dots` the products with weights, `block`
+      the residual streams alone.
     tie_embeddings: use the token embedding as output head.
     norm_eps: of every RMSNorm of the backbone.
     init_std: standard deviation of new weight matrices.
@@ -231,15 +274,20 @@ class ModelConfig:
   num_dense_layers: int = 1
   engram: EngramConfig | None = None
   streams: int = 1
+  sinkhorn_iterations: int = 20
+  scan_blocks: bool = False
+  remat: str = "none"
   tie_embeddings: bool = True
   norm_eps: float = 1e-6
   init_std: float = 0.02
   dtype: str = "float32"
 
   def __post_init__(self):
-    _positive(self, "vocab_size", "hidden_size", "num_layers", "dense_size")
-    _positive(self, "norm_eps", "init_std")
-    _one_of(self, "dtype", DTYPES)
+    require_positive(
+      self, "vocab_size", "hidden_size", "num_layers", "dense_size"
+    )
+    require_positive(self, "norm_eps", "init_std")
+    require_one_of(self, "dtype", DTYPES)
     last = self.num_layers if self.moe is None else self.num_layers - 1
     require(
       0 <= self.num_dense_layers <= last,
@@ -247,12 +295,8 @@ class ModelConfig:
       self.num_dense_layers,
       f"0 to {last}" + (", to leave a block with experts" if self.moe else ""),
     )
-    require(
-      self.streams == 1,
-      "streams",
-      self.streams,
-      "1 (several residual streams need hyper-connections)",
-    )
+    require_positive(self, "streams", "sinkhorn_iterations")
+    require_one_of(self, "remat", REMATS)
     if self.engram is not None:
       for name in ("hidden_size", "streams", "dtype"):
         mine, its = getattr(self, name), getattr(self.engram, name)
@@ -286,195 +330,3 @@ class ModelConfig:
     if self.moe is None:
       return None
     return "ragged" if self.moe.dispatch == "ragged" else "dropless"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where the text comes from and how it is cut.
-
-  Attributes:
-    folder: folder of text files; empty for the Python standard library's own
-      sources, which every machine has.
-    glob: which files of the folder are text.
-    tfds_name: a registered TFDS dataset instead of a folder; needs a network
-      or a prepared `data_dir`.
-    tfds_text_key: its feature that holds the text.
-    data_dir: where prepared data are kept.
-    vocab_size: of the byte-level BPE tokenizer trained on the train split.
-    validation_percent: share of the files held out, by hash of their path.
-  """
-
-  folder: str = ""
-  glob: str = "*.py"
-  tfds_name: str = ""
-  tfds_text_key: str = "text"
-  data_dir: str = "~/.cache/engram_jax"
-  vocab_size: int = 8192
-  validation_percent: int = 5
-
-  def __post_init__(self):
-    require(
-      0 < self.validation_percent < 100,
-      "validation_percent",
-      self.validation_percent,
-      "1 to 99",
-    )
-    require(
-      self.vocab_size >= 258,
-      "vocab_size",
-      self.vocab_size,
-      "at least 258: 256 bytes and two special tokens",
-    )
-    require(
-      not (self.folder and self.tfds_name),
-      "tfds_name",
-      self.tfds_name,
-      "empty when folder is given: one source of text",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """One training run.
-
-  Attributes:
-    steps: optimizer steps.
-    batch_size: sequences of one step, over all hosts.
-    seq_len: L, tokens of one sequence.
-    accumulation: microbatches whose gradients are summed into one step; must
-      divide `batch_size`.
-    learning_rate: peak of the backbone's schedule.
-    warmup_steps: linear warm-up from 0.
-    decay_points: shares of `steps` at which the rate drops (the paper: 80 %
-      and 90 %).
-    decay_factors: the rate from each of these points on, over the peak.
-    weight_decay: of matrices; never of tables, norms and biases.
-    adam_b1: AdamW, and the tables' Adam.
-    adam_b2: AdamW, and the tables' Adam.
-    adam_eps: AdamW, and the tables' Adam.
-    clip_norm: largest global norm of the gradients, rows included.
-    table_learning_rate_multiplier: the tables' rate over the backbone's.
-    table_optimizer: `lazy_adam`, Adam on the rows that were touched;
-      `lazy_adam_row_steps`, the same with a step count of each row's own in the
-      bias correction; `dense_adam`, Adam on the whole table at every step: the
-      oracle, for tables small enough to pay it; `rowwise_adagrad`, one number
-      of state a row; `sinkhorn`, V4.1's balanced update, half of Adam's state.
-      The last two take none of Adam's constants.
-    on_nonfinite: `stop` the run, or `skip` the step and count it, when a loss
-      or gradient is not finite. The step is never applied.
-    eval_every: steps between evaluations; 0 for none.
-    eval_batches: batches of one evaluation.
-    checkpoint_every: steps between checkpoints.
-    keep_last: newest checkpoints kept.
-    keep_best: checkpoints of lowest evaluation loss kept besides.
-    log_every: steps between records of metrics.
-    seed: of the initial weights and of the data order.
-  """
-
-  steps: int
-  batch_size: int
-  seq_len: int
-  accumulation: int = 1
-  learning_rate: float = 4e-4
-  warmup_steps: int = 2000
-  decay_points: tuple[float, ...] = (0.8, 0.9)
-  decay_factors: tuple[float, ...] = (0.316, 0.1)
-  weight_decay: float = 0.1
-  adam_b1: float = 0.9
-  adam_b2: float = 0.95
-  adam_eps: float = 1e-8
-  clip_norm: float = 1.0
-  table_learning_rate_multiplier: float = 5.0
-  table_optimizer: str = "lazy_adam"
-  on_nonfinite: str = "stop"
-  eval_every: int = 100
-  eval_batches: int = 20
-  checkpoint_every: int = 100
-  keep_last: int = 2
-  keep_best: int = 1
-  log_every: int = 1
-  seed: int = 0
-
-  def __post_init__(self):
-    _positive(self, "steps", "batch_size", "seq_len", "accumulation")
-    _positive(self, "learning_rate", "clip_norm", "checkpoint_every")
-    _positive(self, "keep_last", "log_every", "eval_batches", "adam_eps")
-    _positive(self, "table_learning_rate_multiplier")
-    _one_of(self, "on_nonfinite", ("stop", "skip"))
-    _one_of(self, "table_optimizer", TABLE_OPTIMIZERS)
-    require(
-      self.batch_size % self.accumulation == 0,
-      "accumulation",
-      self.accumulation,
-      f"a divisor of batch_size = {self.batch_size}",
-    )
-    for name in ("warmup_steps", "eval_every", "keep_best", "weight_decay"):
-      require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-    for name in ("adam_b1", "adam_b2"):
-      value = getattr(self, name)
-      require(0 <= value < 1, name, value, "0 <= b < 1")
-    increasing = list(self.decay_points) == sorted(set(self.decay_points))
-    require(
-      increasing and all(0 < point < 1 for point in self.decay_points),
-      "decay_points",
-      self.decay_points,
-      "increasing shares between 0 and 1",
-    )
-    fits = len(self.decay_factors) == len(self.decay_points)
-    require(
-      fits and all(0 < factor < math.inf for factor in self.decay_factors),
-      "decay_factors",
-      self.decay_factors,
-      f"one factor above 0 for each of decay_points = {self.decay_points}",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """How a run is spread over its devices.
-
-  Attributes:
-    data: devices that split the batch; 0 for as many as the others leave.
-    expert: devices that split the batch, and the routed experts.
-    tensor: devices that split hidden widths.
-    lookup: how rows travel. `exchange`: each distinct row by all-to-all,
-      within a capacity; `gather`: ids to all devices, rows by reduce-scatter,
-      for few ids; `auto` chooses by their number.
-    lookup_capacity: rows that one device may ask of another in one exchange,
-      over the mean without duplicates, of which text has many. A batch that
-      needs more is found out and run again with room for it: none is ever left
-      out.
-  """
-
-  data: int = 0
-  expert: int = 1
-  tensor: int = 1
-  lookup: str = "auto"
-  lookup_capacity: float = 1.0
-
-  def __post_init__(self):
-    _positive(self, "expert", "tensor", "lookup_capacity")
-    require(self.data >= 0, "data", self.data, ">= 0; 0 for what is left")
-    _one_of(self, "lookup", LOOKUPS)
-
-
-#: All devices split the batch.
-DEFAULT_MESH = MeshConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
-  """A whole run: the model, its data, its training and its devices."""
-
-  model: ModelConfig
-  data: DataConfig
-  train: TrainConfig
-  mesh: MeshConfig = DEFAULT_MESH
-
-  def __post_init__(self):
-    if self.model.vocab_size < self.data.vocab_size:
-      raise InputError(
-        "model.vocab_size",
-        self.model.vocab_size,
-        f"at least the tokenizer's, data.vocab_size = {self.data.vocab_size}",
-      )

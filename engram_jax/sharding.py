@@ -23,8 +23,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from engram_jax.config import ExperimentConfig, MeshConfig
 from engram_jax.errors import require
+from engram_jax.run_config import ExperimentConfig, MeshConfig
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 #: What the batch is split over.

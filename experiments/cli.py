@@ -10,9 +10,9 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from engram_jax.config import ExperimentConfig
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.errors import InputError
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
 from engram_jax.training.loop import NonFiniteError
 

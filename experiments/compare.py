@@ -17,10 +17,10 @@ from absl import flags
 
 from engram_jax.analysis.accounting import swap_memory_for_experts
 from engram_jax.analysis.plots import plot_lines
-from engram_jax.config import ExperimentConfig
 from engram_jax.config_dicts import to_dict
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
 from experiments import cli
 from experiments.results import ROOT, write_result

@@ -33,11 +33,11 @@ from jax.sharding import Mesh
 from engram_jax import sharding
 from engram_jax.analysis import compiled as analysis
 from engram_jax.analysis.accounting import count_parameters_by_part
-from engram_jax.config import ExperimentConfig, MeshConfig
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.run_config import ExperimentConfig, MeshConfig
 from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten

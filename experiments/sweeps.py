@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from engram_jax.analysis.accounting import count_parameters_by_part
-from engram_jax.config import ExperimentConfig
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.pipeline import held_out_batches
 from engram_jax.errors import require
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics

@@ -7,18 +7,22 @@ import typing
 import pytest
 
 from engram_jax import config as configs
+from engram_jax import run_config as run_configs
 from engram_jax.config import (
   AttentionConfig,
-  DataConfig,
   EngramConfig,
-  ExperimentConfig,
-  MeshConfig,
   ModelConfig,
   MoEConfig,
-  TrainConfig,
+  YarnConfig,
 )
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.errors import InputError
+from engram_jax.run_config import (
+  DataConfig,
+  ExperimentConfig,
+  MeshConfig,
+  TrainConfig,
+)
 
 ENGRAM = {"hidden_size": 16, "layers": (1, 0), "rows_per_head": (11, 13)}
 ATTENTION = {"num_heads": 2, "nope_dim": 8, "rope_dim": 4}
@@ -35,6 +39,7 @@ TRAIN = {"steps": 10, "batch_size": 8, "seq_len": 16}
 VALID = {
   EngramConfig: ENGRAM,
   AttentionConfig: ATTENTION,
+  YarnConfig: {},
   MoEConfig: MOE,
   ModelConfig: MODEL
   | {"engram": EngramConfig(**ENGRAM), "moe": MoEConfig(**MOE)},
@@ -230,8 +235,10 @@ POSITIVE = {
   EngramConfig: "hidden_size heads head_dim streams conv_kernel_size "
   "query_norm_eps key_norm_eps conv_norm_eps",
   AttentionConfig: "num_heads nope_dim rope_dim value_dim kv_rank rope_theta",
+  YarnConfig: "scale original_length slow_turns fast_turns temperature",
   MoEConfig: "num_experts top_k expert_size capacity_factor",
-  ModelConfig: "vocab_size hidden_size num_layers dense_size norm_eps init_std",
+  ModelConfig: "vocab_size hidden_size num_layers dense_size norm_eps init_std "
+  "streams sinkhorn_iterations",
   TrainConfig: "steps batch_size seq_len accumulation learning_rate clip_norm "
   "checkpoint_every keep_last log_every eval_batches adam_eps "
   "table_learning_rate_multiplier",
@@ -240,8 +247,10 @@ POSITIVE = {
 NOT_NEGATIVE = {
   EngramConfig: "table_init_std",
   MoEConfig: "num_shared balance_rate balance_loss",
+  AttentionConfig: "block_size",
   ModelConfig: "num_dense_layers",
-  TrainConfig: "warmup_steps eval_every keep_best weight_decay",
+  TrainConfig: "warmup_steps eval_every keep_best weight_decay loss_chunk "
+  "muon_momentum",
   MeshConfig: "data",
 }
 
@@ -289,7 +298,12 @@ OTHER = [
   (MoEConfig, {"top_k": 5}, "top_k"),
   (MoEConfig, {"dispatch": "other"}, "dispatch"),
   (ModelConfig, {"dtype": "float64"}, "dtype"),
-  (ModelConfig, {"streams": 2}, "streams"),
+  (AttentionConfig, {"block_size": -1}, "block_size"),
+  (YarnConfig, {"scale": 0.5}, "scale"),
+  (YarnConfig, {"slow_turns": 32.0}, "slow_turns"),
+  (ModelConfig, {"streams": 0}, "streams"),
+  (ModelConfig, {"streams": 2}, "engram.streams"),
+  (ModelConfig, {"remat": "all"}, "remat"),
   (ModelConfig, {"num_layers": 1, "num_dense_layers": 0}, "engram.layers"),
   (ModelConfig, {"num_layers": 1}, "num_dense_layers"),
   (ModelConfig, {"hidden_size": 8}, "engram.hidden_size"),
@@ -306,6 +320,9 @@ OTHER = [
   (DataConfig, {"folder": "a", "tfds_name": "b"}, "tfds_name"),
   (TrainConfig, {"accumulation": 3}, "accumulation"),
   (TrainConfig, {"on_nonfinite": "ignore"}, "on_nonfinite"),
+  (TrainConfig, {"optimizer": "sgd"}, "optimizer"),
+  (TrainConfig, {"muon_momentum": 1.0}, "muon_momentum"),
+  (TrainConfig, {"loss_chunk": -1}, "loss_chunk"),
   (TrainConfig, {"table_optimizer": "none"}, "table_optimizer"),
   (TrainConfig, {"adam_b1": 1.0}, "adam_b1"),
   (TrainConfig, {"adam_b2": -0.1}, "adam_b2"),
@@ -329,7 +346,7 @@ def test_refuses(cls, changes, field):
 def test_every_config_is_tested():
   found = {
     cls
-    for cls in vars(configs).values()
+    for cls in (vars(configs) | vars(run_configs)).values()
     if isinstance(cls, type) and dataclasses.is_dataclass(cls)
   }
   assert found == {*VALID, ExperimentConfig}

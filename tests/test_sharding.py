@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 
 from engram_jax import sharding
-from engram_jax.config import (
-  AttentionConfig,
+from engram_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from engram_jax.errors import InputError
+from engram_jax.run_config import (
   DataConfig,
   ExperimentConfig,
   MeshConfig,
-  ModelConfig,
-  MoEConfig,
   TrainConfig,
 )
-from engram_jax.errors import InputError
 
 EIGHT = [jax.devices()[0]] * 8
 

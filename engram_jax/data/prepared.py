@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 from absl import logging
 
-from engram_jax.config import DataConfig
 from engram_jax.data import sources
 from engram_jax.data.text_dataset import (
   read_index,
@@ -33,6 +32,7 @@ from engram_jax.data.tokenizers import (
   train_tokenizer,
 )
 from engram_jax.errors import InputError, require
+from engram_jax.run_config import DataConfig
 
 #: Of the layout above; part of the digest, so that old folders are not read.
 FORMAT_VERSION = 1

@@ -25,11 +25,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from engram_jax import sharding
-from engram_jax.config import ExperimentConfig
 from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
 from engram_jax.training.checkpoints import Checkpoints, check_constants
 from engram_jax.training.evaluation import make_eval_step, mean_loss

@@ -9,7 +9,6 @@ import jax
 import optax
 from flax import nnx
 
-from engram_jax.config import TrainConfig
 from engram_jax.memory.row_optimizers import (
   RowOptimizer,
   dense_adam,
@@ -17,6 +16,7 @@ from engram_jax.memory.row_optimizers import (
   rowwise_adagrad,
 )
 from engram_jax.memory.sinkhorn import sinkhorn
+from engram_jax.run_config import TrainConfig
 
 #: Leaf names of arrays that are no matrices, whatever their rank.
 UNDECAYED = ("scale", "bias")

@@ -13,17 +13,13 @@ from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.config import (
-  DEFAULT_MESH,
-  MeshConfig,
-  ModelConfig,
-  TrainConfig,
-)
+from engram_jax.config import ModelConfig
 from engram_jax.memory import exchange
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import read_rows, require_tables
 from engram_jax.memory.row_optimizers import RowOptimizer
+from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.optimizers import backbone_optimizer, table_optimizer
 from engram_jax.training.schedules import warmup_step_decay
 from engram_jax.training.state import TrainState

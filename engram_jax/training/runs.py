@@ -24,12 +24,12 @@ from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.config import ExperimentConfig
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.tokenizers import load_tokenizer
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints, check_constants
 from engram_jax.training.program import Program
 from engram_jax.training.state import TrainState, abstract_model, init_state

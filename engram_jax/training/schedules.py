@@ -2,7 +2,7 @@
 
 import optax
 
-from engram_jax.config import TrainConfig
+from engram_jax.run_config import TrainConfig
 
 
 def warmup_step_decay(config: TrainConfig) -> optax.Schedule:

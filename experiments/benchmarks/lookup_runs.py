@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 
 from engram_jax import sharding
 from engram_jax.analysis.compiled import collectives
-from engram_jax.config import MeshConfig
 from engram_jax.errors import require
 from engram_jax.memory import exchange
 from engram_jax.memory.table import lookup
+from engram_jax.run_config import MeshConfig
 from engram_jax.training.program import Capacity
 from experiments.benchmarks import harness
 

@@ -13,19 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from engram_jax import sharding
-from engram_jax.config import (
-  AttentionConfig,
-  EngramConfig,
-  MeshConfig,
-  ModelConfig,
-  TrainConfig,
-)
+from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
 from engram_jax.memory import exchange
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import retrieve
 from engram_jax.memory.row_optimizers import sum_duplicates
+from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training.program import Program
 from engram_jax.training.state import TrainState, abstract_model, init_state
 from engram_jax.training.step import cross_entropy, make_train_step

@@ -35,8 +35,8 @@ from typing import Any
 
 from absl import flags
 
-from engram_jax.config import DataConfig
 from engram_jax.errors import require
+from engram_jax.run_config import DataConfig
 from experiments.benchmarks import harness
 from experiments.benchmarks.lookup_runs import STRATEGIES, WHAT
 

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from engram_jax import sharding
-from engram_jax.config import DataConfig
 from engram_jax.data.pipeline import batches as text_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.data.tokenizers import PAD_ID
 from engram_jax.errors import require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.run_config import DataConfig
 
 LAYER = 1
 

@@ -19,12 +19,14 @@ import ml_collections
 
 from engram_jax.config import (
   AttentionConfig,
-  DataConfig,
   EngramConfig,
-  ExperimentConfig,
-  MeshConfig,
   ModelConfig,
   MoEConfig,
+)
+from engram_jax.run_config import (
+  DataConfig,
+  ExperimentConfig,
+  MeshConfig,
   TrainConfig,
 )
 from experiments.cli import as_config_dict

@@ -20,8 +20,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from engram_jax import sharding
 from engram_jax.backbone import expert_parallel, routing
 from engram_jax.backbone.moe import MoE
-from engram_jax.config import MeshConfig, MoEConfig
+from engram_jax.config import MoEConfig
 from engram_jax.errors import InputError
+from engram_jax.run_config import MeshConfig
 
 FLAG = "--xla_force_host_platform_device_count=8"
 SIMULATED = FLAG in os.environ.get("XLA_FLAGS", "")

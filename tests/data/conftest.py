@@ -86,7 +86,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def config(corpus, tmp_path_factory):
-  from engram_jax.config import DataConfig
+  from engram_jax.run_config import DataConfig
 
   return DataConfig(
     folder=str(corpus),

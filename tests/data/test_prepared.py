@@ -11,13 +11,13 @@ import threading
 import numpy as np
 import pytest
 
-from engram_jax.config import DataConfig
 from engram_jax.data import prepared as lib
 from engram_jax.data import sources
 from engram_jax.data.prepared import prepare
 from engram_jax.data.text_dataset import PIECE_TOKENS, read_index, read_pieces
 from engram_jax.data.tokenizers import END_ID
 from engram_jax.errors import InputError
+from engram_jax.run_config import DataConfig
 
 
 def texts_of(prepared, split):
@@ -244,7 +244,7 @@ def test_a_failed_build_leaves_nothing(
 
 KILLED = """
   import os, pathlib, signal, sys
-  from engram_jax.config import DataConfig
+  from engram_jax.run_config import DataConfig
   from engram_jax.data import sources
   from engram_jax.data.prepared import prepare
 
@@ -315,7 +315,7 @@ NO_TENSORFLOW = """
 
   socket.socket.connect = refuse
   socket.getaddrinfo = refuse
-  from engram_jax.config import DataConfig
+  from engram_jax.run_config import DataConfig
   from engram_jax.data.pipeline import batches
   from engram_jax.data.prepared import prepare
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from engram_jax import sharding
-from engram_jax.config import MeshConfig
+from engram_jax.run_config import MeshConfig
 
 if "EIGHT_DEVICES" not in os.environ:
   collect_ignore_glob = ["test_*.py"]

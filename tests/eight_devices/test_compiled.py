@@ -17,7 +17,7 @@ from engram_jax.analysis.compiled import (
   memory_report,
   of_table,
 )
-from engram_jax.config import MeshConfig
+from engram_jax.run_config import MeshConfig
 
 ROWS, WIDTH = 8 * 16, 4
 AXES = sharding.AXES

@@ -18,14 +18,13 @@ from engram_jax.analysis.compiled import (
 from engram_jax.config import (
   AttentionConfig,
   EngramConfig,
-  MeshConfig,
   ModelConfig,
   MoEConfig,
-  TrainConfig,
 )
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.table import init_table
+from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training import runs
 from engram_jax.training.evaluation import make_eval_step
 from engram_jax.training.program import Program

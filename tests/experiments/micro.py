@@ -4,13 +4,11 @@ import ml_collections
 
 from engram_jax.config import (
   AttentionConfig,
-  DataConfig,
   EngramConfig,
-  ExperimentConfig,
   ModelConfig,
   MoEConfig,
-  TrainConfig,
 )
+from engram_jax.run_config import DataConfig, ExperimentConfig, TrainConfig
 from experiments.cli import as_config_dict
 
 

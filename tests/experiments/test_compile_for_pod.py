@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from engram_jax.config import MeshConfig
 from engram_jax.errors import InputError
+from engram_jax.run_config import MeshConfig
 from experiments import compile_for_pod
 
 SIZES = (
@@ -145,7 +145,7 @@ def test_compiles_for_a_tpu():
   # In a process of its own: libtpu, once loaded, stays.
   code = """
 import jax
-from engram_jax.config import MeshConfig
+from engram_jax.run_config import MeshConfig
 from experiments import compile_for_pod as pod
 from tests.experiments.micro import experiment
 import dataclasses

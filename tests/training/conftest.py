@@ -67,10 +67,10 @@ def _make_tiny(*, memory: bool = True, model=None, **train) -> Tiny:
     EngramConfig,
     ModelConfig,
     MoEConfig,
-    TrainConfig,
   )
   from engram_jax.memory.compression import TokenCompression
   from engram_jax.memory.hashing import NgramHash
+  from engram_jax.run_config import TrainConfig
   from engram_jax.training.state import abstract_model
   from engram_jax.training.step import Program
 

@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
-from engram_jax.config import DataConfig
 from engram_jax.data.pipeline import batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError
 from engram_jax.memory.row_optimizers import lazy_adam
+from engram_jax.run_config import DataConfig
 from engram_jax.training.checkpoints import Checkpoints, check_constants
 from engram_jax.training.state import TrainState, flatten, unflatten
 from engram_jax.training.step import make_train_step

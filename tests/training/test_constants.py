@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from engram_jax.config import DataConfig, MeshConfig, TrainConfig
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError
+from engram_jax.run_config import DataConfig, MeshConfig, TrainConfig
 from engram_jax.training.checkpoints import FREE_FIELDS, check_constants
 
 

@@ -7,9 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from engram_jax.config import TABLE_OPTIMIZERS, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.memory.row_optimizers import RowGradients
+from engram_jax.run_config import TABLE_OPTIMIZERS, TrainConfig
 from engram_jax.training.optimizers import (
   backbone_optimizer,
   decay_mask,

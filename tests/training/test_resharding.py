@@ -27,7 +27,7 @@ import dataclasses, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from jax.sharding import AxisType
-from engram_jax.config import MeshConfig
+from engram_jax.run_config import MeshConfig
 from engram_jax.memory.row_optimizers import dense_adam, lazy_adam
 from engram_jax.sharding import make_mesh, padded_rows, state_shardings
 from engram_jax.training.checkpoints import Checkpoints

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.config import TrainConfig
+from engram_jax.run_config import TrainConfig
 from engram_jax.training.schedules import warmup_step_decay
 
 PEAK = 4e-4
