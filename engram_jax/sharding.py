@@ -11,6 +11,7 @@ axes. Everything works without a mesh: then nothing here does anything.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -164,6 +165,41 @@ def require_fit(
   ok = moe.dispatch != "ragged" or experts == 1
   valid = f"bucketed or dropless with mesh.expert = {experts}"
   require(ok, "model.moe.dispatch", moe.dispatch, valid)
+
+
+# --- parameters inside shard_map ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_parameter(x: Array, axes: Any, axis: int, dtype: Any) -> Array:
+  """A parameter whose `axis` is split over mesh axes, whole and cast.
+
+  Inside `shard_map`. It travels in the compute dtype; its gradient is summed
+  over the devices in the parameter's own, and each keeps its part.
+
+  Args:
+    x: this device's part.
+    axes: the mesh axes, a name or a tuple of names.
+    axis: of `x`.
+    dtype: the compute dtype.
+  """
+  return jax.lax.all_gather(x.astype(dtype), axes, axis=axis, tiled=True)
+
+
+def _gather_forward(x, axes, axis, dtype):
+  # An empty array carries the parameter's dtype to the backward pass.
+  return gather_parameter(x, axes, axis, dtype), x[:0]
+
+
+def _gather_backward(axes, axis, dtype, empty, gradient):
+  del dtype
+  gradient = gradient.astype(empty.dtype)
+  return (
+    jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True),
+  )
+
+
+gather_parameter.defvjp(_gather_forward, _gather_backward)
 
 
 # --- tables ---
