@@ -181,9 +181,13 @@ class MeshConfig:
   """How a run is spread over its devices.
 
   Attributes:
-    data: devices that split the batch; 0 for as many as the others leave.
+    data: devices that split the batch, and parameters with their optimizer's
+      state; 0 for as many as the others leave.
     expert: devices that split the batch, and the routed experts.
     tensor: devices that split hidden widths.
+    replica: devices that split the batch and nothing else; 0 for as many as the
+      others leave. On a TPU, parts of less than 8 rows or 128 columns travel
+      badly: `data` is best no larger than the widths allow.
     lookup: how rows travel. `exchange`: each distinct row by all-to-all,
       within a capacity; `gather`: ids to all devices, rows by reduce-scatter,
       for few ids; `auto` chooses by their number.
@@ -196,12 +200,16 @@ class MeshConfig:
   data: int = 0
   expert: int = 1
   tensor: int = 1
+  replica: int = 1
   lookup: str = "auto"
   lookup_capacity: float = 1.0
 
   def __post_init__(self):
     require_positive(self, "expert", "tensor", "lookup_capacity")
     require(self.data >= 0, "data", self.data, ">= 0; 0 for what is left")
+    valid = ">= 0; 0 for what is left, if data is not"
+    ok = self.replica >= 0 and self.data + self.replica > 0
+    require(ok, "replica", self.replica, valid)
     require_one_of(self, "lookup", LOOKUPS)
 
 

@@ -1,10 +1,11 @@
 """Devices as a mesh, and which axis of an array lies along which of its axes.
 
-  data     splits the batch
+  replica  splits the batch
+  data     splits the batch too, and every parameter with its optimizer's state
   expert   splits the batch too, and the routed experts
   tensor   splits the hidden width of experts and dense blocks
 
-A table's rows lie along all three, so that every device holds an equal share of
+A table's rows lie along all four, so that every device holds an equal share of
 the memory whatever the mesh is used for. This is the only file that names mesh
 axes. Everything works without a mesh: then nothing here does anything.
 """
@@ -27,27 +28,45 @@ from jaxtyping import Array
 from engram_jax.errors import require
 from engram_jax.run_config import ExperimentConfig, MeshConfig
 
-DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
+AXES = ("replica", "data", "expert", "tensor")
+REPLICA, DATA, EXPERT, TENSOR = AXES
 #: What the batch is split over.
-BATCH = (DATA, EXPERT)
+BATCH = (REPLICA, DATA, EXPERT)
 #: Rows of a table, and of their optimizer's state.
 TABLE = P(AXES)
 #: An array [B, L, ...] of the model.
 TOKENS = P(BATCH)
+#: On every device.
+WHOLE = P()
+#: The embedding and the head, [V, D].
+VOCABULARY = P(DATA)
 #: An array [B, L, ...] of the retrieval: the devices of a tensor group, which
 #: hold the same tokens, ask for different rows.
 LOOKUPS = P(BATCH, TENSOR)
 
-#: Parameters by the end of their name: the first rule that fits. Whatever no
-#: rule names is on every device.
-PARAMETER_RULES: tuple[tuple[str, P], ...] = (
-  # Routed experts: [E, D, F] and [E, F, D].
-  (r"blocks/\d+/ffn/(gate|up)/3$", P(EXPERT, None, TENSOR)),
-  (r"blocks/\d+/ffn/down/3$", P(EXPERT, TENSOR, None)),
-  # SwiGLU of dense blocks and of shared experts: [D, F] and [F, D].
-  (r"(ffn|shared)/(gate|up)/2$", P(None, TENSOR)),
-  (r"(ffn|shared)/down/2$", P(TENSOR, None)),
+#: Parameters by the end of their name; n counts blocks. Along `data` they are
+#: gathered to compute with. An axis that a size does not divide by is left out,
+#: and what no rule names is on every device. The axes are split that come
+#: first: what a TPU has in its last two would have to fall on tiles of 8 x 128.
+EXPERT_RULES: tuple[tuple[str, P], ...] = (
+  # [n, E, D, F] and [n, E, F, D].
+  (r"moe_blocks/ffn/(gate|up)$", P(None, EXPERT, DATA, TENSOR)),
+  (r"moe_blocks/ffn/down$", P(None, EXPERT, (TENSOR, DATA))),
 )
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+  *EXPERT_RULES,
+  # SwiGLU of dense blocks and of shared experts: [n, D, F] and [n, F, D].
+  (r"(dense_blocks/ffn|shared)/(gate|up)$", P(None, DATA, TENSOR)),
+  (r"(dense_blocks/ffn|shared)/down$", P(None, (TENSOR, DATA))),
+  # Along what is a matrix's first axis: D, the latent's width, heads, G * D.
+  (r"blocks/attention/[a-z_]+$", P(None, DATA)),
+  (r"_streams/kernel$", P(None, DATA)),
+  # [M, G + 1, D].
+  (r"engrams/\d+/projection$", P(DATA)),
+  (r"(embedding/table|head)$", VOCABULARY),
+)
+#: Parameters that are used in float32 whatever the compute dtype.
+IN_FLOAT32 = r"(scale|bias|router|_streams/kernel)$"
 
 
 # --- the mesh ---
@@ -72,18 +91,19 @@ def make_mesh(
     InputError: axes that do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  count, others = len(devices), config.expert * config.tensor
-  ok = count % others == 0
+  count = len(devices)
+  sizes = {axis: getattr(config, axis) for axis in AXES}
+  given = {axis: n for axis, n in sizes.items() if n}
+  product = math.prod(given.values())
+  name = " * ".join(f"mesh.{axis}" for axis in given)
+  if len(given) == len(AXES):
+    valid = f"the number of devices, {count}; data = 0 takes what is left"
+    require(product == count, name, product, valid)
   valid = f"a divisor of the number of devices, {count}"
-  require(ok, "mesh.expert * mesh.tensor", others, valid)
-  data = config.data or count // others
-  product = data * others
-  valid = f"the number of devices, {count}; data = 0 takes what is left"
-  name = "mesh.data * mesh.expert * mesh.tensor"
-  require(product == count, name, product, valid)
+  require(count % product == 0, name, product, valid)
+  shape = tuple(n or count // product for n in sizes.values())
   if count == 1:
     return None
-  shape = (data, config.expert, config.tensor)
   types = (axis_type,) * len(AXES)
   # As jax.make_mesh, which splits a physical axis of a pod over two of the
   # mesh's on some generations only.
@@ -152,7 +172,7 @@ def require_fit(
 
   name = "train.batch_size / train.accumulation"
   rows = train.batch_size // train.accumulation
-  divides(name, rows, batch, "mesh.data * mesh.expert")
+  divides(name, rows, batch, "mesh.replica * mesh.data * mesh.expert")
   divides("train.seq_len", train.seq_len, tensor, "mesh.tensor")
   divides("model.dense_size", model.dense_size, tensor, "mesh.tensor")
   moe = model.moe
@@ -170,36 +190,42 @@ def require_fit(
 # --- parameters inside shard_map ---
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather_parameter(x: Array, axes: Any, axis: int, dtype: Any) -> Array:
-  """A parameter whose `axis` is split over mesh axes, whole and cast.
+def gathered(x: Array, spec: P, *, dtype: Any) -> Array:
+  """A parameter inside `shard_map`, whole along `data`.
 
-  Inside `shard_map`. It travels in the compute dtype; its gradient is summed
-  over the devices in the parameter's own, and each keeps its part.
+  It travels in `dtype` and is given in its own, in which its gradient is then
+  summed, first on the device and then over all that split the batch.
 
   Args:
     x: this device's part.
-    axes: the mesh axes, a name or a tuple of names.
-    axis: of `x`.
-    dtype: the compute dtype.
+    spec: how the parameter is split.
+    dtype: the compute dtype; cast the result to it to compute.
   """
-  return jax.lax.all_gather(x.astype(dtype), axes, axis=axis, tiled=True)
+  names = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+  whole = tuple(a for a in BATCH if all(a not in entry for entry in names))
+  x = jax.lax.pcast(x, whole, to="varying")
+  split = [i for i, entry in enumerate(names) if DATA in entry]
+  return _gather(x, split[0], dtype) if split else x
 
 
-def _gather_forward(x, axes, axis, dtype):
-  # An empty array carries the parameter's dtype to the backward pass.
-  return gather_parameter(x, axes, axis, dtype), x[:0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, axis, dtype):
+  whole = jax.lax.all_gather(x.astype(dtype), DATA, axis=axis, tiled=True)
+  return whole.astype(x.dtype)
 
 
-def _gather_backward(axes, axis, dtype, empty, gradient):
+def _gather_forward(x, axis, dtype):
+  return _gather(x, axis, dtype), None
+
+
+def _gather_backward(axis, dtype, _, gradient):
   del dtype
-  gradient = gradient.astype(empty.dtype)
   return (
-    jax.lax.psum_scatter(gradient, axes, scatter_dimension=axis, tiled=True),
+    jax.lax.psum_scatter(gradient, DATA, scatter_dimension=axis, tiled=True),
   )
 
 
-gather_parameter.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 # --- tables ---
@@ -230,7 +256,8 @@ def state_shardings(state: Any, mesh: Mesh | None) -> Any:
 
   rows = {i: table.shape[0] for i, table in state.tables.items()}
   placed = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf)), state
+    lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf, mesh)),
+    state,
   )
   return dataclasses.replace(
     placed,
@@ -249,14 +276,64 @@ def table_spec(leaf: Any, rows: int) -> P:
   return TABLE if leaf.ndim and leaf.shape[0] == rows else P()
 
 
-def parameter_spec(path: Sequence[Any], leaf: Any) -> P:
+def parameter_spec(
+  path: Sequence[Any], leaf: Any, mesh: Mesh | AbstractMesh
+) -> P:
   """How a parameter, or the optimizer's array of its name, is split."""
-  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-  name = f"{name.removesuffix('/value')}/{leaf.ndim}"
+  name = parameter_name(path)
   for pattern, spec in PARAMETER_RULES:
     if re.search(pattern, name):
-      return spec
+      return fitting(spec, leaf.shape, mesh)
   return P()
+
+
+def parameter_name(path: Sequence[Any]) -> str:
+  """The path of a leaf as `moe_blocks/ffn/gate`."""
+  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+  return name.removesuffix("/value")  # an nnx.Variable's own field
+
+
+def fitting(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+  """`spec` without the axes that do not divide the sizes of `shape`."""
+  if len(shape) < len(spec):
+    return P()  # a number that an optimizer keeps of the whole array
+
+  def fit(axes, length):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    while axes and length % size(mesh, *axes):
+      axes = axes[:-1]
+    return axes[0] if len(axes) == 1 else axes or None
+
+  return P(*(fit(axes, length) for axes, length in zip(spec, shape)))
+
+
+def for_compute(weights: Any, name: str, *, dtype: str) -> Any:
+  """One block's weights where the block is computed: whole, in `dtype`.
+
+  Cast before it travels. Routed experts stay as they are: they are gathered by
+  whoever computes them (`expert_parallel`). Without a mesh nothing happens.
+
+  Args:
+    weights: the block's parameters, a slice of the stacks; or an Engram's.
+    name: of the stack, or of the Engram module.
+    dtype: the compute dtype.
+  """
+  mesh = current_mesh()
+  if mesh is None:
+    return weights
+  stacked = name.endswith("blocks")
+
+  def place(path, leaf):
+    full = f"{name}/{parameter_name(path)}"
+    rules = (spec for rule, spec in PARAMETER_RULES if re.search(rule, full))
+    spec = tuple(next(rules, P()))[1 if stacked else 0 :]
+    if any(re.search(rule, full) for rule, _ in EXPERT_RULES):
+      return constrain(leaf, fitting(P(*spec), leaf.shape, mesh))
+    spec = P(*(TENSOR if TENSOR in (axis or ()) else None for axis in spec))
+    leaf = leaf if re.search(IN_FLOAT32, full) else leaf.astype(dtype)
+    return constrain(leaf, fitting(spec, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(place, weights)
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:

@@ -5,7 +5,7 @@
 
 Two models: the config's, and the same one whose memory has been turned into
 routed experts (equal total and equal activated parameters, see
-`analysis.accounting.swap_memory_for_experts`). Equal text in equal order. The
+`analysis.allocation.swap_memory_for_experts`). Equal text in equal order. The
 learning rate is tuned on the side *without* memory, on a seed of its own, and
 used for both: what the memory wins, it wins at its rival's best rate.
 """
@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from engram_jax.analysis.accounting import swap_memory_for_experts
+from engram_jax.analysis.allocation import swap_memory_for_experts
 from engram_jax.analysis.plots import plot_lines
 from engram_jax.config_dicts import to_dict
 from engram_jax.data.prepared import prepare

@@ -1,26 +1,33 @@
 """Compiles the training step for devices that are not here.
 
+  python -m experiments.compile_for_pod --preset=engram_27b \
+    --compare_with=moe_27b --topology=v5p:4x4x8 --batch_per_chip=1 \
+    --out=experiments/results/engram_27b_v5p.json
   python -m experiments.compile_for_pod --without_memory \
-    --config=experiments/configs/memory_100b.py --topology=v5p:4x4x8 \
-    --out=experiments/results/compile_for_pod_v5p.json
+    --config=experiments/configs/memory_100b.py --topology=v6e:16x16
 
 The whole step: sharded state, optimizers, donated buffers, rows exchanged
 between chips. Nothing runs and nothing is allocated. libtpu (`pip install
 libtpu`) compiles for TPUs on any Linux machine; `--topology=cpu:8` is for as
 many simulated CPU devices. The program says what each chip holds, whether that
-fits, what travels between chips, and XLA's estimate of the time.
+fits and what is to blame if not, what travels between chips, how long XLA
+thinks the step takes, and which operations take most of it.
 
-What the estimate is not: a measurement. It is the sum over operations of their
-time at the chip's peak rates, on-chip memory included; links between chips are
-not in it. The bytes that they carry are given beside it.
+What the estimates are not: measurements. The first is the sum over operations
+of their time at the chip's peak rates; the second that of the cycles that the
+compiler reckoned with. Links between chips are in neither: the bytes that they
+carry are given beside them. `engram_jax/analysis/estimates.py` says more.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import os
+import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,20 +40,24 @@ from jax.sharding import Mesh
 from engram_jax import sharding
 from engram_jax.analysis import compiled as analysis
 from engram_jax.analysis.accounting import count_parameters_by_part
+from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.run_config import ExperimentConfig, MeshConfig
+from engram_jax.presets import preset
+from engram_jax.run_config import DataConfig, ExperimentConfig, MeshConfig
 from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten
 from engram_jax.training.step import make_train_step
-from experiments import cli
-from experiments.benchmarks.harness import GIB, MIB, aligned
+from experiments import cli, pod_report
 from experiments.results import write_result
 
 _CONFIG = cli.define_config()
+_PRESET = flags.DEFINE_string(
+  "preset", None, "Instead of --config: a model of engram_jax/presets.py."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A TPU slice, e.g. v5p:4x4x8 or v6e:16x16; or cpu:N."
 )
@@ -54,24 +65,40 @@ _OUT = flags.DEFINE_string("out", None, "JSON file for the result.")
 _WITHOUT = flags.DEFINE_bool(
   "without_memory", False, "Compile the same model without a memory too."
 )
-flags.mark_flags_as_required(["config", "topology"])
+_COMPARE = flags.DEFINE_string(
+  "compare_with", None, "Compile this preset too, at equal chips and batch."
+)
+_PER_CHIP = flags.DEFINE_integer(
+  "batch_per_chip", None, "Sequences of one step on one chip.", lower_bound=1
+)
+_ACCUMULATION = flags.DEFINE_integer(
+  "accumulation",
+  None,
+  "Microbatches of one step; 1 with --batch_per_chip, else the config's.",
+  lower_bound=1,
+)
+flags.mark_flag_as_required("topology")
 
 #: Memory of one chip in GiB, by Google's pages of the TPU generations. The
 #: compiler itself leaves some hundred MiB of it to the runtime.
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 
 #: For libtpu where there is no TPU: not to look for one, and not to complain
-#: that it knows of none; and several processes may compile at a time. The
+#: that it knows of none; several processes may compile at a time; and errors
+#: are logged, for the list of what fills a memory that is too small. The
 #: topology compiled for is an argument, and does not come from here.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5p-8",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_STDERR_LOG_LEVEL": "2",
 }
 
 #: Arrays and collectives named one by one.
 LISTED = 5
+#: Operations named one by one.
+TOP = 12
 
 
 # --- devices ---
@@ -166,20 +193,21 @@ def bytes_per_device(leaf: Any) -> int:
 
 
 def compile_step(
-  config: ExperimentConfig, mesh: Mesh, *, platform: str
+  config: ExperimentConfig, mesh: Mesh, *, generation: str
 ) -> dict[str, Any]:
   """Compiles the step and reads off what it says.
 
   Args:
     config: the run.
     mesh: of the devices to compile for.
-    platform: theirs, `tpu` or `cpu`.
+    generation: of `HBM_GIB`, or `cpu`.
 
   Returns:
     The figures, ready for JSON. `fits` is the compiler's own word, with
     `refusal` in its words; a program that it refuses has no figures beyond the
-    arguments.
+    arguments and its `largest_temporaries`.
   """
+  platform = "cpu" if generation == "cpu" else "tpu"
   program = make_program(config, mesh)
   state, batch = abstract_state(program), abstract_batch(config, mesh)
   capacity = program.capacity(batch).rows
@@ -193,7 +221,11 @@ def compile_step(
     part = name.split("/")[0]
     parts[part] = parts.get(part, 0) + size
   parameters = count_parameters_by_part(config.model, program.hashing)
+  sequences = config.train.batch_size / mesh.size
   result = {
+    "sequences": sequences,
+    "tokens": sequences * config.train.seq_len,
+    "accumulation": config.train.accumulation,
     "parameters": {
       name: parameters[name] for name in ("total", "tables", "activated")
     },
@@ -208,13 +240,22 @@ def compile_step(
   lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
   start = time.perf_counter()
   try:
-    executable = lowered.compile()
+    with _log() as log:
+      executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
+      print("".join(log), file=sys.stderr)
       raise
-    return {**result, "fits": False, "refusal": _first_line(error)}
+    buffers = analysis.largest_temporaries("".join(log))
+    return {
+      **result,
+      "fits": False,
+      "refusal": _first_line(error),
+      "largest_temporaries": buffers[:LISTED],
+    }
+  seconds = time.perf_counter() - start
   listing = executable.as_text()
-  sent = analysis.collectives(listing)
+  sent, rates = analysis.collectives(listing), RATES.get(generation)
 
   def of_tables(records):
     tables = [table.shape for table in state.tables.values()]
@@ -229,13 +270,16 @@ def compile_step(
   return {
     **result,
     "fits": True,
-    "compile_seconds": time.perf_counter() - start,
+    "compile_seconds": seconds,
     "memory": analysis.memory_report(executable),
-    "cost": analysis.cost(executable),
+    "cost": analysis.cost(listing, rates),
+    "top_operations": rates
+    and analysis.top_operations(listing, rates, count=TOP),
     "collectives": {
       "bytes": analysis.collective_bytes(sent),
       "operations": analysis.collective_counts(sent),
       "in_loops": sum(record.count for record in sent if record.in_loop),
+      "executions": sum(record.times for record in sent),
       "largest": [_named(record) for record in sent[:LISTED]],
       "of_tables": of_tables(sent),
     },
@@ -249,132 +293,116 @@ def _named(record: analysis.Movement) -> dict[str, Any]:
   return {**record, "arrays": len(record["arrays"])}
 
 
+@contextlib.contextmanager
+def _log() -> Iterator[list[str]]:
+  """Collects what the compiler writes to standard error meanwhile.
+
+  libtpu lists what fills a memory in its log alone.
+  """
+  lines: list[str] = []
+  with tempfile.TemporaryFile() as file:
+    saved = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+      yield lines
+    finally:
+      os.dup2(saved, 2)
+      os.close(saved)
+      file.seek(0)
+      lines += file.read().decode(errors="replace").splitlines(keepends=True)
+
+
 def _first_line(error: Exception) -> str:
   return " ".join(str(error).split("\n", 1)[0].split())
 
 
-# --- the report ---
+# --- the programs ---
+
+
+def experiment(name: str) -> ExperimentConfig:
+  """The run of a preset."""
+  found = preset(name)
+  data = DataConfig(vocab_size=found.model.vocab_size)
+  return ExperimentConfig(found.model, data, found.train, found.mesh)
+
+
+def with_batch(
+  config: ExperimentConfig,
+  devices: int,
+  *,
+  per_chip: int | None = None,
+  accumulation: int | None = None,
+) -> ExperimentConfig:
+  """The run with another batch.
+
+  Args:
+    config: the run.
+    devices: chips that share a batch.
+    per_chip: sequences of one chip in one step; None for the config's batch.
+    accumulation: microbatches; None for 1 if `per_chip` is given, else the
+      config's.
+  """
+  changes = {}
+  if per_chip is not None:
+    changes = {"batch_size": per_chip * devices, "accumulation": 1}
+  if accumulation is not None:
+    changes["accumulation"] = accumulation
+  train = dataclasses.replace(config.train, **changes)
+  return dataclasses.replace(config, train=train)
+
+
+def without_memory(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
+  """The run with and without its memory."""
+  valid = "a memory: without_memory compares with and without"
+  require(config.model.engram is not None, "model.engram", None, valid)
+  model = dataclasses.replace(config.model, engram=None)
+  plain = dataclasses.replace(config, model=model)
+  return {"with memory": config, "without": plain}
+
+
+def compared_with(
+  config: ExperimentConfig, name: str, other: str
+) -> dict[str, ExperimentConfig]:
+  """The run, and that of a preset at the same batch."""
+  valid = "another model than the first"
+  require(name != other, "compare_with", other, valid)
+  second = experiment(other)
+  same = ("batch_size", "seq_len", "accumulation")
+  batch = {field: getattr(config.train, field) for field in same}
+  train = dataclasses.replace(second.train, **batch)
+  return {name: config, other: dataclasses.replace(second, train=train)}
 
 
 def measure(
-  config: ExperimentConfig, topology: str, *, without_memory: bool
+  configs: Mapping[str, ExperimentConfig],
+  topology: str,
+  devices: Sequence[jax.Device],
 ) -> dict[str, Any]:
-  """Compiles for `topology`, with and, if asked, without the memory."""
-  devices = devices_of(topology)
-  mesh = make_mesh(config.mesh, devices)
-  sharding.require_fit(config, mesh)
-  valid = "a memory: without_memory compares with and without"
-  compared = config.model.engram is not None or not without_memory
-  require(compared, "model.engram", None, valid)
+  """Compiles each run for `topology`; of two, how they compare."""
   generation = topology.partition(":")[0]
-  platform = "cpu" if generation == "cpu" else "tpu"
-  configs = {"as configured": config}
-  if without_memory:
-    model = dataclasses.replace(config.model, engram=None)
-    plain = dataclasses.replace(config, model=model)
-    configs = {"with memory": config, "without": plain}
+  meshes = {n: make_mesh(c.mesh, devices) for n, c in configs.items()}
+  for name, config in configs.items():
+    sharding.require_fit(config, meshes[name])
   programs = {}
-  for name, each in configs.items():
+  for name, config in configs.items():
     print(f"compiling for {topology}, {name} ...", flush=True)
-    programs[name] = compile_step(each, mesh, platform=platform)
+    mesh = meshes[name]
+    compiled = compile_step(config, mesh, generation=generation)
+    programs[name] = {"mesh": dict(mesh.shape)} | compiled
   result = {
     "topology": topology,
     "device_kind": devices[0].device_kind,
     "devices": len(devices),
-    "mesh": dict(mesh.shape),
     "hbm_gib": HBM_GIB.get(generation),
-    "libtpu": platform == "tpu" and importlib.metadata.version("libtpu"),
-    "config": to_dict(config),
+    "libtpu": generation != "cpu" and importlib.metadata.version("libtpu"),
+    "configs": {name: to_dict(config) for name, config in configs.items()},
     "programs": programs,
   }
-  seconds = [
-    program["cost"]["optimal_seconds"]
-    for program in programs.values()
-    if program["fits"]
-  ]
-  if len(seconds) == 2 and all(seconds):
-    result["optimal_seconds_ratio"] = seconds[0] / seconds[1]
+  for key in ("optimal_seconds", "compiler_seconds"):
+    seconds = [p["cost"][key] for p in programs.values() if p["fits"]]
+    if len(seconds) == 2 and all(seconds):
+      result[f"{key}_ratio"] = seconds[0] / seconds[1]
   return result
-
-
-def text(result: Mapping[str, Any]) -> str:
-  """The result for the terminal."""
-  programs = result["programs"]
-  rows: list[list[Any]] = []
-
-  def add(name, *keys, unit=1):
-    values = []
-    for program in programs.values():
-      for key in keys:
-        program = program and program.get(key)
-      values.append(program)
-    if any(values):
-      rows.append([name, *(v if v is None else v / unit for v in values)])
-
-  unit, name = (GIB, "GiB") if result["hbm_gib"] else (MIB, "MiB")
-  add("parameters, millions", "parameters", "total", unit=1e6)
-  add("  of them in tables", "parameters", "tables", unit=1e6)
-  for part in ("params", "opt_state", "tables", "table_states"):
-    add(f"state: {part}, {name}", "state_bytes", part, unit=unit)
-  for part in ("argument", "temp", "peak", "total"):
-    add(f"memory: {part}, {name}", "memory", part, unit=unit)
-  for kind in analysis.COLLECTIVES:
-    add(f"{kind}, {name}", "collectives", "bytes", kind, unit=unit)
-    add("  operations", "collectives", "operations", kind)
-  add("TFLOP", "cost", "flops", unit=1e12)
-  add("XLA's estimate, ms", "cost", "optimal_seconds", unit=1e-3)
-  add("compilation, s", "compile_seconds")
-  mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-  head = f"{result['topology']}: {result['devices']} devices, mesh {mesh}"
-  lines = [head, "", aligned(["per device", *programs], rows)]
-  for name, program in programs.items():
-    lines += ["", *_verdict(name, program, result["hbm_gib"])]
-  ratio = result.get("optimal_seconds_ratio")
-  if ratio:
-    lines += ["", f"XLA's estimate with over without memory: {ratio:.3f}"]
-  return "\n".join(lines)
-
-
-def _verdict(
-  name: str, program: Mapping[str, Any], hbm: int | None
-) -> Iterable[str]:
-  """Whether it fits and what fills it; what the largest message is."""
-  largest, size = next(iter(program["largest_arrays"].items()))
-  held = sum(program["state_bytes"].values())
-  cause = f"largest array {largest}, {_size(size)} of {_size(held)} of state"
-  if not program["fits"]:
-    yield f"{name}: DOES NOT FIT in {hbm} GiB; {cause}"
-    yield f"  the compiler: {program['refusal']}"
-    return
-  # XLA's peak for CPUs has no temporaries in it.
-  takes = _size(program["memory"]["peak" if hbm else "total"])
-  takes += f" of {hbm} GiB: fits" if hbm else ""
-  yield f"{name}: {takes}; {cause}"
-  sent = program["collectives"]
-  for record in sent["largest"][:1]:
-    shape = ",".join(map(str, record["shape"]))
-    array = f"{record['dtype']}[{shape}]"
-    yield (
-      f"  largest collective: {record['kind']} of {_size(record['bytes'])}, "
-      f"{array if record['arrays'] == 1 else f'largest part {array}'}"
-    )
-  if hbm and program["cost"]["optimal_seconds"] is None:
-    yield "  XLA gives no usable estimate of the time"
-  if sent["in_loops"]:
-    yield f"  {sent['in_loops']} collectives are in loops, counted once each"
-  if program["parameters"]["tables"]:
-    moved = (sent["of_tables"], program["copies_of_tables"])
-    counts = [sum(record["count"] for record in records) for records in moved]
-    yield (
-      f"  tables or parts of them: {counts[0]} sent between devices, "
-      f"{counts[1]} copied within one"
-    )
-
-
-def _size(count: int) -> str:
-  return (
-    f"{count / GIB:.2f} GiB" if count > GIB / 10 else f"{count / MIB:.1f} MiB"
-  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -382,10 +410,29 @@ def main(argv: Sequence[str]) -> None:
   if not jax.config.jax_platforms:
     # The device compiled for is not one that runs here.
     jax.config.update("jax_platforms", "cpu")
-  result = measure(
-    cli.frozen(_CONFIG.value), _TOPOLOGY.value, without_memory=_WITHOUT.value
+  config, name = _CONFIG.value, _PRESET.value
+  valid = "exactly one of --config and --preset"
+  require((config is None) != (name is None), "config", name, valid)
+  valid = "one of --compare_with and --without_memory, or neither"
+  both = _WITHOUT.value and _COMPARE.value
+  require(not both, "compare_with", _COMPARE.value, valid)
+  devices = devices_of(_TOPOLOGY.value)
+  config = experiment(name) if name else cli.frozen(config)
+  config = with_batch(
+    config,
+    len(devices),
+    per_chip=_PER_CHIP.value,
+    accumulation=_ACCUMULATION.value,
   )
-  print(f"\n{text(result)}")
+  name = name or "as configured"
+  if _WITHOUT.value:
+    configs = without_memory(config)
+  elif _COMPARE.value:
+    configs = compared_with(config, name, _COMPARE.value)
+  else:
+    configs = {name: config}
+  result = measure(configs, _TOPOLOGY.value, devices)
+  print(f"\n{pod_report.text(result)}")
   if _OUT.value:
     write_result(_OUT.value, result)
     print(f"written to {_OUT.value}")

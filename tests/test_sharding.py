@@ -25,16 +25,17 @@ EIGHT = [jax.devices()[0]] * 8
   [
     (
       (3, 1, 1),
-      r"^mesh.data \* mesh.expert \* mesh.tensor: 3; valid: the number of "
-      r"devices, 8; data = 0 takes what is left$",
+      r"^mesh.replica \* mesh.data \* mesh.expert \* mesh.tensor: 3; valid: "
+      r"the number of devices, 8; data = 0 takes what is left$",
     ),
-    ((8, 2, 1), r"^mesh.data \* mesh.expert \* mesh.tensor: 16; valid: .* 8;"),
+    ((8, 2, 1), r"^mesh.replica .* mesh.tensor: 16; valid: .* 8;"),
     (
       (0, 3, 1),
-      r"^mesh.expert \* mesh.tensor: 3; valid: a divisor of the number of "
-      r"devices, 8$",
+      r"^mesh.replica \* mesh.expert \* mesh.tensor: 3; valid: a divisor of "
+      r"the number of devices, 8$",
     ),
-    ((0, 4, 4), r"^mesh.expert \* mesh.tensor: 16; valid: "),
+    ((0, 4, 4), r"^mesh.replica \* .* \* mesh.tensor: 16; valid: "),
+    ((3, 1, 1, 0), r"^mesh.data \* .* mesh.tensor: 3; valid: a divisor of "),
   ],
 )
 def test_axes_that_do_not_multiply_to_the_devices(shape, message):
@@ -46,7 +47,7 @@ def test_one_device_has_no_mesh():
   one = jax.devices()[:1]
   assert sharding.make_mesh(MeshConfig(), devices=one) is None
   assert sharding.make_mesh(MeshConfig(1, 1, 1), devices=one) is None
-  with pytest.raises(InputError, match=r"^mesh.data \* .*: 2; valid: .* 1;"):
+  with pytest.raises(InputError, match=r"^mesh.replica \* .*: 2; valid: .* 1;"):
     sharding.make_mesh(MeshConfig(2, 1, 1), devices=one)
   assert sharding.current_mesh() is None
   x = jnp.ones((4, 2))
@@ -83,7 +84,8 @@ def experiment(**moe) -> ExperimentConfig:
 
 
 def abstract_mesh(*shape: int):
-  return jax.sharding.AbstractMesh(shape, sharding.AXES)
+  """Of data, expert and tensor."""
+  return jax.sharding.AbstractMesh((1, *shape), sharding.AXES)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 2, 4), (4, 2, 1)])
@@ -99,7 +101,7 @@ def test_a_run_that_fits(shape):
       (8, 2, 1),
       {},
       r"^train.batch_size / train.accumulation: 8; valid: a multiple of "
-      r"mesh.data \* mesh.expert = 16$",
+      r"mesh.replica \* mesh.data \* mesh.expert = 16$",
     ),
     (
       (1, 8, 1),
@@ -134,15 +136,33 @@ def test_experts_without_experts():
 
 
 def test_parameters_by_name():
-  def spec(name: str, ndim: int):
+  def spec(name: str, *shape: int):
     path = [jax.tree_util.DictKey(part) for part in name.split("/")]
-    return sharding.parameter_spec(path, np.zeros((1,) * ndim))
+    mesh = abstract_mesh(4, 2, 2)
+    return sharding.parameter_spec(path, np.zeros(shape), mesh)
 
-  expert, tensor = sharding.EXPERT, sharding.TENSOR
+  data, expert, tensor = sharding.AXES[1:]
   P = sharding.P
-  assert spec("params/blocks/2/ffn/gate", 3) == P(expert, None, tensor)
-  assert spec("opt_state/0/mu/blocks/2/ffn/down", 3) == P(expert, tensor, None)
-  assert spec("params/blocks/0/ffn/up", 2) == P(None, tensor)
-  assert spec("params/blocks/2/ffn/shared/down", 2) == P(tensor, None)
-  assert spec("params/blocks/2/ffn/router", 2) == P()
-  assert spec("params/embedding/table", 2) == P()
+  moe, dense = "params/moe_blocks", "params/dense_blocks"
+  expected = P(None, expert, data, tensor)
+  assert spec(f"{moe}/ffn/gate", 3, 6, 8, 4) == expected
+  expected = P(None, expert, (tensor, data))
+  name = "opt_state/0/mu/moe_blocks/ffn/down"
+  assert spec(name, 3, 6, 8, 8) == expected
+  assert spec(f"{dense}/ffn/up", 1, 16, 4) == P(None, data, tensor)
+  expected = P(None, (tensor, data))
+  assert spec(f"{moe}/ffn/shared/down", 3, 8, 16) == expected
+  assert spec(f"{moe}/attention/query", 3, 16, 2, 6) == P(None, data)
+  assert spec(f"{moe}/attention/out", 3, 4, 6, 16) == P(None, data)
+  assert spec(f"{moe}/ffn_streams/kernel", 3, 64, 24) == P(None, data)
+  assert spec("params/engrams/0/projection", 8, 5, 16) == P(data)
+  assert spec("params/embedding/table", 60, 16) == P(data)
+  for name in ("ffn/router", "attention/kv_norm/scale", "attention_norm/scale"):
+    assert spec(f"{moe}/{name}", 3, 16) == P()
+  # An axis that a size does not divide by is left out, the others stay.
+  expected = P(None, None, data, tensor)
+  assert spec(f"{moe}/ffn/gate", 3, 5, 8, 4) == expected
+  assert spec(f"{moe}/ffn/down", 3, 6, 6, 8) == P(None, expert, tensor)
+  assert spec("params/embedding/table", 61, 16) == P(None)
+  # What an optimizer keeps of an array as a whole.
+  assert spec("opt_state/0/count/embedding/table") == P()

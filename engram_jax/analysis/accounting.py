@@ -1,11 +1,23 @@
-"""Where a model's parameters are, and the trade of memory against experts.
+"""Where a model's parameters are, and which of them are sparse.
 
 All by formula from the config: nothing is allocated, so that a model of any
 size can be counted. The router's balancing bias is no parameter: no gradient
 reaches it. Axes as in `types.py`; F is the hidden width of an expert.
-"""
 
-import dataclasses
+The paper's sizes (arXiv 2601.07372), in billions, next to those of the models
+in `presets.py` with one vocabulary matrix, which is what a tied embedding has
+and what the published totals fit:
+
+                 published   here    without hyper-connections
+  dense_4b          4.1       4.13     4.12
+  moe_27b          26.7      26.72    26.70
+  engram_27b       26.7      26.73    26.71
+  engram_40b       39.5      39.47    39.45
+  activated         3.8       3.80 to 3.84     3.79 to 3.82
+
+The paper does not say whether it counts the hyper-connections, 0.015 billion;
+its one decimal is met either way. "Activated" is without the vocabulary.
+"""
 
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
@@ -21,6 +33,7 @@ PARTS = (
   "shared_experts",
   "router",
   "norms",
+  "hyper_connections",
   "engram_projections",
   "engram_conv",
   "tables",
@@ -42,8 +55,10 @@ def count_parameters_by_part(
       `embedding`, V * D, which serves as head too when they are tied; `head`,
       when they are not; `attention`, without its norm; `dense_ffn`, of the
       blocks without experts; `routed_experts`; `shared_experts`; `router`;
-      `norms`, all gains, the memory's included; `engram_projections`, keys and
-      values with their biases; `engram_conv`; `tables`.
+      `norms`, all gains, the memory's included; `hyper_connections`, two in
+      every block if there is more than one stream: a kernel [G D, G (G + 2)], a
+      bias [G (G + 2)] and 3 scales each; `engram_projections`, keys and values
+      with their biases; `engram_conv`; `tables`.
     And what follows from them:
       `total`, their sum;
       `total_without_embedding`, without `embedding` and `head`;
@@ -77,6 +92,10 @@ def count_parameters_by_part(
   )
   parts["dense_ffn"] = dense_blocks * 3 * size * config.dense_size
   parts["norms"] = (2 * size + attention.kv_rank) * config.num_layers + size
+  if config.streams > 1:
+    mixes = config.streams * (config.streams + 2)
+    one = (config.streams * size + 1) * mixes + 3
+    parts["hyper_connections"] = 2 * config.num_layers * one
   experts_activated = 0
   if moe is not None:
     expert = 3 * size * moe.expert_size * moe_blocks  # one in every block
@@ -112,81 +131,58 @@ def count_parameters_by_part(
   }
 
 
-def swap_memory_for_experts(
-  config: ModelConfig, hashing: NgramHash, *, equal_activated: bool = False
-) -> ModelConfig:
-  """The model whose routed experts take over the memory's parameters.
-
-  The control of the paper's §3: equal total parameters, as near as a whole
-  number of experts per block allows, with the size, the choice and the shared
-  experts unchanged. `swap_remainder` tells what is left over.
-
-  What a token activates then stays equal in the experts. It differs by what
-  the memory itself activates, projections above all: nothing at the paper's
-  size, some percent in a small model. `equal_activated` gives the leading
-  dense blocks as much more width, so that the rival has the same work to do
-  with.
+def sparsity(config: ModelConfig, hashing: NgramHash | None) -> dict:
+  """What of a model is sparse, and how experts and memory share it (Eq. 7).
 
   Args:
-    config: a model with a memory and with experts.
-    hashing: its hash.
-    equal_activated: widen the dense blocks as said.
+    config: the model.
+    hashing: its hash; None for a model without memory.
 
   Returns:
-    The config without memory and with more experts.
+    Without embedding and head, P_tot as `total`, P_act as `activated`, and
+    P_sparse = P_tot - P_act as `sparse`. `memory_share`, 1 - rho: the table
+    entries that a token does not read, over P_sparse. `rho`: the same of the
+    routed experts. The two add up to 1; both are 0 where nothing is sparse.
+    `total_with_vocabulary`: `total` with one vocabulary matrix, tied or not:
+    the published totals.
 
   Raises:
-    InputError: no memory, no block with experts, or no dense block to widen.
+    InputError: as `count_parameters_by_part`.
   """
-  require(config.engram is not None, "engram", None, "a memory to swap")
-  blocks = sum(config.is_moe(i) for i in range(config.num_layers))
-  require(blocks > 0, "moe", config.moe, "one or more blocks with experts")
-  size = config.hidden_size
-  whole = count_parameters_by_part(config, hashing)
-  plain = dataclasses.replace(config, engram=None)
-  if equal_activated:
-    dense = config.num_layers - blocks
-    valid = "one or more dense blocks to widen"
-    require(dense > 0, "num_dense_layers", config.num_dense_layers, valid)
-    more = (
-      whole["activated"] - count_parameters_by_part(plain, None)["activated"]
-    )
-    width = config.dense_size + round(more / (3 * size * dense))
-    plain = dataclasses.replace(plain, dense_size=width)
-  freed = whole["total"] - count_parameters_by_part(plain, None)["total"]
-  # An expert in every block, with its columns of the routers.
-  price = blocks * size * (3 * config.moe.expert_size + 1)
-  added = (2 * freed + price) // (2 * price)  # the nearest whole number
-  experts = config.moe.num_experts + added
-  moe = dataclasses.replace(config.moe, num_experts=experts)
-  return dataclasses.replace(plain, moe=moe)
-
-
-def swap_remainder(config: ModelConfig, hashing: NgramHash) -> dict[str, int]:
-  """Both sides of `swap_memory_for_experts`, and how far apart they are.
-
-  Args:
-    config: a model with a memory and with experts.
-    hashing: its hash.
-
-  Returns:
-    `total_memory`, `total_experts`, `activated_memory`, `activated_experts`,
-    and `remainder`, the parameters that the side with the memory has more (or,
-    negative, fewer); at most half an expert in every block.
-
-  Raises:
-    InputError: as `swap_memory_for_experts`.
-  """
-  swapped = swap_memory_for_experts(config, hashing)
-  memory = count_parameters_by_part(config, hashing)
-  experts = count_parameters_by_part(swapped, None)
+  counts = count_parameters_by_part(config, hashing)
+  total = counts["total_without_embedding"]
+  sparse = total - counts["activated_without_embedding"]
+  memory, read = config.engram, 0
+  if memory is not None:
+    read = len(memory.layers) * memory.memory_width
+  share = (counts["tables"] - read) / sparse if sparse else 0.0
   return {
-    "total_memory": memory["total"],
-    "total_experts": experts["total"],
-    "activated_memory": memory["activated"],
-    "activated_experts": experts["activated"],
-    "remainder": memory["total"] - experts["total"],
+    "total": total,
+    "total_with_vocabulary": total + counts["embedding"],
+    "activated": counts["activated_without_embedding"],
+    "sparse": sparse,
+    "memory_share": share,
+    "rho": 1.0 - share if sparse else 0.0,
   }
+
+
+def counting_hash(config: ModelConfig) -> NgramHash | None:
+  """A hash with the primes of a run's own, of raw token ids: enough to count.
+
+  The primes, and so the sizes of the tables, do not depend on the vocabulary:
+  no tokenizer is needed. None for a model without memory.
+  """
+  memory = config.engram
+  if memory is None:
+    return None
+  return NgramHash.create(
+    vocab_size=config.vocab_size,
+    rows_per_head=memory.rows_per_head,
+    heads=memory.heads,
+    layers=memory.layers,
+    pad_id=memory.pad_id,
+    seed=memory.seed,
+  )
 
 
 def _check_hash(config: ModelConfig, hashing: NgramHash | None) -> None:

@@ -1,20 +1,26 @@
-"""What a compiled program holds and sends, read from it without running it.
+"""What a compiled program holds, computes and sends, read without running it.
 
 For any executable of `jax.jit(f).lower(...).compile()`, also one for devices
 that this machine does not have. Everything is per device: a program is compiled
-once, and each device runs it on its own part.
+once, and each device runs it on its own part. Loops count as often as they turn
+(`hlo`), which XLA's own cost analysis does not do.
 
   memory_report   bytes of arguments, results and temporaries
-  collectives     what is sent between devices: kind, dtype, shape, bytes
+  collectives     what is sent between devices: kind, dtype, shape, bytes, times
   copies          what is copied within one
-  cost            FLOPs, bytes read and written, and XLA's own estimate of time
+  cost            FLOPs, bytes read and written, and estimates of the time
+  top_operations  what takes most of it
+  largest_temporaries  what fills the memory of a TPU that is too small
 """
 
 import collections
+import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from engram_jax.analysis import estimates, hlo
 
 #: The operations that send arrays between devices.
 COLLECTIVES = (
@@ -57,35 +63,111 @@ def memory_report(compiled: Any) -> dict[str, int]:
   return {**report, "total": total, "peak": peak}
 
 
-def cost(compiled: Any) -> dict[str, float | None]:
-  """What XLA reckons the program costs on one device.
+def cost(
+  program: Any, rates: estimates.Rates | None = None
+) -> dict[str, float | int | None]:
+  """What the program costs on one device, loops included.
 
   Args:
-    compiled: a `jax.stages.Compiled`.
+    program: a `jax.stages.Compiled`, or its `as_text()`.
+    rates: of the device; None leaves out the seconds.
 
   Returns:
-    `flops`, `bytes_accessed` and `optimal_seconds`, each None where the
-    platform does not say. The time is the sum over operations of their time at
-    the device's peak rates, links between devices left out: for comparing
-    programs, not for promising anything.
+    `flops`, of dots and convolutions; `bytes_accessed`; `optimal_seconds`, the
+    sum over operations of their time at the device's peak rates, and
+    `compiler_seconds`, that of the cycles by which XLA:TPU compiled them
+    (`estimates` says what either is not). The second leaves out operations
+    without cycles: `unpriced_bytes` is what these move,
+    `unpriced_seconds` how long that takes at the peak, and `unpriced_share` is
+    of all bytes. `unknown_loops` counts loops taken once because nobody knows
+    how often they turn, `conditionals` those of which the larger branch counts.
+    The seconds are None without `rates`, and `compiler_seconds` where XLA says
+    no cycles, as on CPUs.
   """
-  found = compiled.cost_analysis() or {}
-  if isinstance(found, list):  # older releases: one entry per program
-    found = found[0]
-  seconds = found.get("optimal_seconds")
-  if seconds is not None:
-    # An operation that XLA has no estimate of counts as -1 s. On TPUs these
-    # are the calls around what is handed to the SparseCores.
-    seconds += len(re.findall(r'"PrepareAsyncCall\w+"', compiled.as_text()))
-    seconds = seconds if seconds >= 0 else None
+  work = estimates.work(_text(program))
+  every = work.operations
+  unpriced = [o for o in every if o.cycles is None]
+  cycles = sum(o.times * o.cycles for o in every if o.cycles is not None)
+  moved = sum(o.times * o.bytes for o in every)
+  unpriced_bytes = sum(o.times * o.bytes for o in unpriced)
   return {
-    "flops": found.get("flops"),
-    "bytes_accessed": found.get("bytes accessed"),
-    "optimal_seconds": seconds,
+    "flops": sum(o.times * o.flops for o in every),
+    "bytes_accessed": moved,
+    "optimal_seconds": rates and sum(o.seconds(rates) for o in every),
+    "compiler_seconds": cycles / rates.clock if rates and cycles else None,
+    "unpriced_bytes": unpriced_bytes,
+    "unpriced_share": unpriced_bytes / moved if moved else 0.0,
+    "unpriced_seconds": rates and sum(o.seconds(rates) for o in unpriced),
+    "unknown_loops": len(work.unknown_loops),
+    "conditionals": work.conditionals,
   }
 
 
+def top_operations(
+  program: Any, rates: estimates.Rates, *, count: int
+) -> list[dict[str, Any]]:
+  """The operations that take most of the time, the greatest first.
+
+  Args:
+    program: a `jax.stages.Compiled`, or its `as_text()`.
+    rates: of the device.
+    count: at most so many.
+
+  Returns:
+    Per operation the fields of `estimates.Operation`, `seconds` of all its
+    executions at the peak, by which they are ordered, and `compiler_seconds`,
+    None where XLA says no cycles.
+  """
+
+  def described(operation):
+    cycles = operation.cycles
+    return operation._asdict() | {
+      "seconds": operation.seconds(rates),
+      "compiler_seconds": cycles and operation.times * cycles / rates.clock,
+    }
+
+  every = estimates.work(_text(program)).operations
+  every = sorted(every, key=lambda o: -o.seconds(rates))
+  return [described(operation) for operation in every[:count]]
+
+
+#: A line of libtpu's list: running total; size; offset; values; shapes.
+_BUFFER = re.compile(
+  r"\s*[\d.]+\w+\(\s*\d+%\);\s*([\d.]+)([KMGT]?)i?B;\s*\d+;\s*\d+; (.+)"
+)
+
+
+def largest_temporaries(log: str) -> list[dict[str, Any]]:
+  """What fills a memory that is too small, as libtpu's log lists it.
+
+  Args:
+    log: what libtpu wrote to standard error as it refused the program
+      (`TPU_STDERR_LOG_LEVEL=2`, before it is loaded).
+
+  Returns:
+    Per place in memory `bytes` and `shapes`, of the arrays that share it one
+    after the other; the largest first. Empty if the log has no such list.
+  """
+  _, _, report = log.rpartition("Memory usage report:")
+  # First what shares one allocation; then each argument and result, alone.
+  _, _, shared = report.partition("shapes_list")
+  shared, _, _ = shared.partition("shapes_list")
+  found = [
+    {
+      "bytes": round(float(count) * 1024 ** " KMGT".index(unit or " ")),
+      "shapes": shapes,
+    }
+    for count, unit, shapes in _BUFFER.findall(shared)
+  ]
+  return sorted(found, key=lambda buffer: -buffer["bytes"])
+
+
 # --- what moves ---
+
+
+#: On TPUs an asynchronous collective is written where it starts, in each
+#: computation that runs beside it, and where it ends; -1 marks the start.
+_CONTINUES = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 
 
 class Movement(NamedTuple):
@@ -100,10 +182,10 @@ class Movement(NamedTuple):
     dtype: as XLA writes it, e.g. `bf16`; of the largest array.
     shape: of the largest array.
     bytes: of all arrays of one such operation.
-    count: operations of this kind with these arrays in the program.
+    count: operations of this kind with these arrays in the program's text.
+    times: executions of all of them in one run of the program; see `hlo`.
     arrays: (dtype, shape) of all arrays. XLA joins small reductions, and may
       split an all-to-all into one array per device.
-    in_loop: the program runs it more than `count` times.
   """
 
   kind: str
@@ -111,8 +193,13 @@ class Movement(NamedTuple):
   shape: tuple[int, ...]
   bytes: int
   count: int
-  arrays: tuple[tuple[str, tuple[int, ...]], ...]
-  in_loop: bool
+  times: int
+  arrays: tuple[hlo.Array, ...]
+
+  @property
+  def in_loop(self) -> bool:
+    """Whether a loop runs it again and again."""
+    return self.times > self.count
 
 
 def collectives(program: Any) -> list[Movement]:
@@ -134,15 +221,15 @@ def copies(program: Any) -> list[Movement]:
 
 
 def collective_bytes(records: Iterable[Movement]) -> dict[str, int]:
-  """Bytes per kind, once for each operation that the program's text has."""
+  """Bytes per kind in one run of the program, loops included."""
   total = collections.Counter()
   for record in records:
-    total[record.kind] += record.bytes * record.count
+    total[record.kind] += record.bytes * record.times
   return dict(total)
 
 
 def collective_counts(records: Iterable[Movement]) -> dict[str, int]:
-  """Operations per kind."""
+  """Operations per kind in the program's text."""
   total = collections.Counter()
   for record in records:
     total[record.kind] += record.count
@@ -171,155 +258,33 @@ def of_table(
 
 def _movements(program: Any, kinds: Sequence[str]) -> list[Movement]:
   """The operations of these kinds, alike ones together."""
-  text = program if isinstance(program, str) else program.as_text()
-  found = collections.Counter()
-  computations = list(_computations(text))
-  loops = _in_loops(computations)
-  for name, lines in computations:
-    types: dict[str, str] = {}
-    for line in lines:
-      instruction = _parse(line)
-      if instruction is None:
-        continue
-      types[instruction.name] = instruction.type
+  work = estimates.work(_text(program))
+  counts, runs = collections.Counter(), collections.Counter()
+  for name, computation in work.program.computations.items():
+    for instruction in computation.values():
       kind = instruction.opcode.removesuffix("-start")
-      if kind in kinds and not _CONTINUES.search(line):
-        arrays = _larger_side(instruction, types)
-        found[kind, arrays, name in loops] += 1
+      if kind in kinds and not _CONTINUES.search(instruction.attributes):
+        times = work.times[name]
+        key = kind, _larger_side(instruction, computation), times > 1
+        counts[key] += 1
+        runs[key] += times
   records = []
-  for (kind, arrays, in_loop), count in found.items():
-    dtype, shape = max(arrays, key=_size)
-    size = sum(map(_size, arrays))
-    records.append(Movement(kind, dtype, shape, size, count, arrays, in_loop))
+  for key, count in counts.items():
+    kind, arrays, _ = key
+    dtype, shape = max(arrays, key=hlo.size)
+    size = sum(map(hlo.size, arrays))
+    records.append(Movement(kind, dtype, shape, size, count, runs[key], arrays))
   return sorted(records, key=lambda r: (-r.bytes, r.kind, r.arrays))
 
 
-# --- the text of a program ---
-
-
-class _Instruction(NamedTuple):
-  """`%name = type opcode(operands), attributes`; `tail` is from "(" on."""
-
-  name: str
-  type: str
-  opcode: str
-  tail: str
-
-
-_HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
-_OPCODE = re.compile(r" ?([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]")
-_COMMENT = re.compile(r"/\*.*?\*/")
-_CALLED = re.compile(
-  r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
-#: On TPUs an asynchronous collective is written where it starts, in each
-#: computation that runs beside it, and where it ends; -1 marks the start.
-_CONTINUES = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
-
-
-def _computations(text: str) -> Iterable[tuple[str, list[str]]]:
-  """Each computation's name and lines."""
-  name, lines = None, []
-  for line in text.splitlines():
-    head = _HEAD.match(line)
-    if head:
-      name, lines = head.group(1), []
-    elif line.startswith("}") and name is not None:
-      yield name, lines
-      name = None
-    else:
-      lines.append(line)
-
-
-def _in_loops(computations: Sequence[tuple[str, list[str]]]) -> set[str]:
-  """Names of the computations that some loop's body calls, however deep."""
-  calls, bodies = {}, []
-  for name, lines in computations:
-    calls[name] = set()
-    for line in lines:
-      for called in _CALLED.findall(line):
-        calls[name].update(re.findall(r"[\w.\-]+", called))
-      if " while(" in line:
-        bodies += _BODY.findall(line)
-  found: set[str] = set()
-  while bodies:
-    name = bodies.pop()
-    if name not in found:
-      found.add(name)
-      bodies += calls.get(name, ())
-  return found
-
-
-def _parse(line: str) -> _Instruction | None:
-  match = _INSTRUCTION.match(line)
-  if match is None:
-    return None
-  name, rest = match.groups()
-  if rest.startswith("("):
-    end = _closing(rest, 0)
-  else:
-    end = rest.find(" ")
-  opcode = _OPCODE.match(rest, end)
-  if opcode is None:
-    return None
-  tail = rest[opcode.end() - 1 :]
-  return _Instruction(name, rest[:end], opcode.group(1), tail)
-
-
-def _closing(text: str, start: int) -> int:
-  """One past the bracket that closes the one at `start`."""
-  depth = 0
-  for i in range(start, len(text)):
-    depth += (text[i] in "([{") - (text[i] in ")]}")
-    if depth == 0:
-      return i + 1
-  return len(text)
-
-
-def _elements(text: str) -> list[str]:
-  """What the commas of a tuple type or operand list separate."""
-  text = _COMMENT.sub("", text).strip()
-  if text.startswith("(") and _closing(text, 0) == len(text):
-    text = text[1:-1]
-  parts, depth, start = [], 0, 0
-  for i, letter in enumerate(text):
-    depth += (letter in "([{") - (letter in ")]}")
-    if letter == "," and depth == 0:
-      parts.append(text[start:i])
-      start = i + 1
-  return [*parts, text[start:]]
-
-
-def _arrays(type_: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-  """(dtype, shape) of each array in a type, layouts left out."""
-  return tuple(
-    (dtype, tuple(int(n.strip(" <=")) for n in shape.split(",") if n.strip()))
-    for dtype, shape in _ARRAY.findall(_COMMENT.sub("", type_))
-  )
-
-
-def _larger_side(instruction: _Instruction, types: dict[str, str]):
+def _larger_side(
+  instruction: hlo.Instruction, computation: Mapping[str, hlo.Instruction]
+) -> tuple[hlo.Array, ...]:
   """The arrays that go in or those that come out, whichever are more bytes."""
-  result = instruction.type
-  if instruction.opcode.endswith("-start") and result.startswith("("):
-    # (operands, results, semaphores); an all-reduce's is its results alone.
-    if not instruction.opcode.startswith("all-reduce"):
-      result = [*_elements(result), ""][1]
-  operands = ()
-  for operand in _elements(instruction.tail[: _closing(instruction.tail, 0)]):
-    # Some versions write the type, others the name alone.
-    name = operand.split("%")[-1].strip().split(" ")[-1]
-    operands += _arrays(operand) or _arrays(types.get(name, ""))
-  sides = (_arrays(result), operands)
-  return max(sides, key=lambda arrays: sum(map(_size, arrays)))
+  operands = hlo.operand_arrays(instruction, computation)
+  sides = hlo.result_arrays(instruction), tuple(itertools.chain(*operands))
+  return max(sides, key=lambda arrays: sum(map(hlo.size, arrays)))
 
 
-def _size(array: tuple[str, tuple[int, ...]]) -> int:
-  """Bytes of an array; none of a token."""
-  dtype, shape = array
-  bits = re.search(r"\d+", dtype)
-  bits = 8 if dtype == "pred" else int(bits.group()) if bits else 0
-  return -(-math.prod(shape) * bits // 8)
+def _text(program: Any) -> str:
+  return program if isinstance(program, str) else program.as_text()

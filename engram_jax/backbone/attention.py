@@ -4,13 +4,17 @@
   k_nope = c W_UK,  v = c W_UV               per head
   k_rope = RoPE(h W_KR)                      one for all heads
   q = h W_Q, its last P features rotated     per head
-  a = softmax((q_nope . k_nope + q_rope . k_rope) / sqrt(N + P))
+  a = softmax((q_nope . k_nope + q_rope . k_rope) * m^2 / sqrt(N + P))
   y = W_O concat_heads(a v)
+
+m is 1 unless YaRN stretches the positions (`yarn.py`).
 
 The cache holds c and k_rope alone. Two forms of the same function: the full
 form makes keys and values of every head; the absorbed form moves W_UK to the
 query and W_UV behind the weighted sum, so that a decode step reads nothing but
-the cache. Axes besides those of `types.py` (N here is not the n-gram order):
+the cache. The full form can also be computed in blocks, in memory that grows
+with the length alone (`blockwise_attention.py`). Axes besides those of
+`types.py` (N here is not the n-gram order):
 
   S  keys: L, or the cache's capacity   heads  attention heads
   N  width of a head without position   P      rotary width
@@ -26,6 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from engram_jax.backbone.blockwise_attention import blockwise_attention
 from engram_jax.backbone.layers import (
   RMSNorm,
   normal_param,
@@ -33,6 +38,7 @@ from engram_jax.backbone.layers import (
   require_width,
   rotary,
 )
+from engram_jax.backbone.yarn import yarn_frequencies, yarn_softmax_factor
 from engram_jax.config import AttentionConfig
 from engram_jax.errors import require
 
@@ -108,6 +114,40 @@ def core_attention(
   )
 
 
+def heads_of_latent(
+  query_nope: Float[Array, "B L heads N"],
+  query_rope: Float[Array, "B L heads P"],
+  latent: Float[Array, "B S C"],
+  rope_key: Float[Array, "B S P"],
+  key_up: Float[Array, "C heads N"],
+  value_up: Float[Array, "C heads W"],
+) -> tuple[
+  Float[Array, "B L heads Q"],
+  Float[Array, "B S heads Q"],
+  Float[Array, "B S heads W"],
+]:
+  """Queries, keys and values of every head: the full form's operands.
+
+  Args:
+    query_nope: `[B, L, heads, N]`.
+    query_rope: `[B, L, heads, P]`, rotated.
+    latent: `[B, S, C]`.
+    rope_key: `[B, S, P]`, rotated; shared by all heads.
+    key_up: W_UK, `[C, heads, N]`.
+    value_up: W_UV, `[C, heads, W]`.
+
+  Returns:
+    `[B, L, heads, Q]`, `[B, S, heads, Q]` and `[B, S, heads, W]`.
+  """
+  key_nope = jnp.einsum("bsc,chn->bshn", latent, key_up)
+  value = jnp.einsum("bsc,chw->bshw", latent, value_up)
+  shape = (*key_nope.shape[:-1], rope_key.shape[-1])
+  key_rope = jnp.broadcast_to(rope_key[:, :, None], shape)
+  query = jnp.concatenate([query_nope, query_rope], axis=-1)
+  key = jnp.concatenate([key_nope, key_rope], axis=-1)
+  return query, key, value
+
+
 def latent_attention_full(
   query_nope: Float[Array, "B L heads N"],
   query_rope: Float[Array, "B L heads P"],
@@ -121,26 +161,14 @@ def latent_attention_full(
 ) -> Float[Array, "B L heads W"]:
   """Attention over keys and values that are made for every head.
 
-  Args:
-    query_nope: `[B, L, heads, N]`.
-    query_rope: `[B, L, heads, P]`, rotated.
-    latent: `[B, S, C]`.
-    rope_key: `[B, S, P]`, rotated; shared by all heads.
-    key_up: W_UK, `[C, heads, N]`.
-    value_up: W_UV, `[C, heads, W]`.
-    mask: True where a query may see a key.
-    scale: of the scores.
-
-  Returns:
-    `[B, L, heads, W]`, before the output projection.
+  Arguments as `heads_of_latent`'s; `mask` is True where a query may see a key,
+  `scale` is of the scores. Returns `[B, L, heads, W]`, before the output
+  projection.
   """
-  key_nope = jnp.einsum("bsc,chn->bshn", latent, key_up)
-  value = jnp.einsum("bsc,chw->bshw", latent, value_up)
-  shape = (*key_nope.shape[:-1], rope_key.shape[-1])
-  key_rope = jnp.broadcast_to(rope_key[:, :, None], shape)
-  query = jnp.concatenate([query_nope, query_rope], axis=-1)
-  key = jnp.concatenate([key_nope, key_rope], axis=-1)
-  return core_attention(query, key, value, mask, scale=scale)
+  operands = heads_of_latent(
+    query_nope, query_rope, latent, rope_key, key_up, value_up
+  )
+  return core_attention(*operands, mask, scale=scale)
 
 
 def latent_attention_absorbed(
@@ -258,6 +286,9 @@ class LatentAttention(nnx.Module):
     outside the cache's capacity writes nothing, and the output at it means
     nothing; whoever decodes allots the capacity.
 
+    With a `block_size` a sequence, and a prompt of more than one block, is
+    compared in blocks, and memory grows with its length and not its square.
+
     Args:
       x: `[B, L, D]`, normed hidden states.
       positions: int `[B, L]`, rotary positions; from 0 in every document.
@@ -285,19 +316,24 @@ class LatentAttention(nnx.Module):
       "given with a cache",
       "None: a cached sequence is one document",
     )
-    dtype, nope = self.dtype, self.config.nope_dim
-    theta = self.config.rope_theta
+    config, dtype, length = self.config, self.dtype, x.shape[1]
+    frequencies = yarn_frequencies(
+      config.rope_dim, config.rope_theta, config.yarn
+    )
+    scale = 1 / math.sqrt(config.nope_dim + config.rope_dim)
+    scale *= yarn_softmax_factor(config.yarn)
     x = x.astype(dtype)
 
     query = jnp.einsum("bld,dhq->blhq", x, self.query[...].astype(dtype))
-    query_nope = query[..., :nope]
-    query_rope = rotary(query[..., nope:], positions, theta=theta)
+    query_nope, query_rope = jnp.split(query, [config.nope_dim], axis=-1)
+    query_rope = rotary(query_rope, positions, frequencies=frequencies)
     latent = self.kv_norm(x @ self.kv_down[...].astype(dtype))
-    rope_key = x @ self.key_rope[...].astype(dtype)
-    rope_key = rotary(rope_key[:, :, None], positions, theta=theta)[:, :, 0]
+    rope_key = (x @ self.key_rope[...].astype(dtype))[:, :, None]
+    rope_key = rotary(rope_key, positions, frequencies=frequencies)[:, :, 0]
 
+    blockwise = config.block_size > 0
     if cache is None:
-      attend, mask = latent_attention_full, causal_mask(x.shape[1], segments)
+      last_key = jnp.arange(length)[None]
     else:
       require(
         cache.latent.shape[0] == x.shape[0],
@@ -307,18 +343,26 @@ class LatentAttention(nnx.Module):
       )
       cache = write_cache(cache, latent, rope_key, positions)
       latent, rope_key = (array.astype(dtype) for array in cache)
-      attend = latent_attention_absorbed
-      mask = jnp.arange(latent.shape[1]) <= positions[:, :, None]
+      last_key = positions
+      # For fewer queries the absorbed form is as small, and reads no more than
+      # the cache.
+      blockwise = blockwise and length > config.block_size
 
-    mixed = attend(
-      query_nope,
-      query_rope,
-      latent,
-      rope_key,
-      self.key_up[...].astype(dtype),
-      self.value_up[...].astype(dtype),
-      mask,
-      scale=1 / math.sqrt(nope + self.config.rope_dim),
-    )
+    up = (self.key_up[...].astype(dtype), self.value_up[...].astype(dtype))
+    operands = (query_nope, query_rope, latent, rope_key, *up)
+    if blockwise:
+      mixed = blockwise_attention(
+        *heads_of_latent(*operands),
+        last_key,
+        segments,
+        scale=scale,
+        block_size=config.block_size,
+      )
+    elif cache is None:
+      mask = causal_mask(length, segments)
+      mixed = latent_attention_full(*operands, mask, scale=scale)
+    else:
+      mask = jnp.arange(latent.shape[1]) <= last_key[:, :, None]
+      mixed = latent_attention_absorbed(*operands, mask, scale=scale)
     y = jnp.einsum("blhw,hwd->bld", mixed, self.out[...].astype(dtype))
     return y, cache

@@ -260,9 +260,9 @@ def apply_routed(
   x: Float[Array, "B L D"],
   router: Float[Array, "D E"],
   bias: Float[Array, "E"],
-  gate: Float[Array, "_ D F"],
-  up: Float[Array, "_ D F"],
-  down: Float[Array, "_ F D"],
+  gate: Float[Array, "_ _ _"],
+  up: Float[Array, "_ _ _"],
+  down: Float[Array, "_ _ _"],
   *,
   top_k: int,
   capacity_factor: float,
@@ -281,9 +281,10 @@ def apply_routed(
     x: `[B, L, D]`, any float dtype.
     router: `[D, E]`.
     bias: `[E]`, the balancing bias.
-    gate: of the experts' SwiGLU, `[E, D, F]`, any float dtype.
-    up: `[E, D, F]`.
-    down: `[E, F, D]`.
+    gate: of the experts' SwiGLU, `[E, D, F]`, any float dtype; or whatever
+      part of it `dispatch` takes.
+    up: `[E, D, F]`, likewise.
+    down: `[E, F, D]`, likewise.
     top_k: k, experts of a token.
     capacity_factor: of `bucketed`: capacity over the mean load.
     dtype: what the experts compute in.

@@ -32,8 +32,9 @@ from engram_jax.backbone import dispatch
 from engram_jax.errors import require
 from engram_jax.sharding import BATCH, DATA, EXPERT, TENSOR, TOKENS
 
-#: Of the experts' gate and up, [E, D, F], and of down, [E, F, D].
-INTO, BACK = P(EXPERT, None, TENSOR), P(EXPERT, TENSOR, None)
+#: Of the experts' gate and up, [E, D, F], and of down, [E, F, D]: as
+#: `sharding.EXPERT_RULES` have a block's. They are gathered along `data`.
+INTO, BACK = P(EXPERT, DATA, TENSOR), P(EXPERT, (TENSOR, DATA))
 
 
 def apply_routed(
@@ -97,17 +98,19 @@ def apply_routed(
     names = " * ".join(f"mesh.{axis}" for axis in axes)
     require(value % by == 0, field, value, f"a multiple of {names} = {by}")
 
+  into = sharding.fitting(INTO, gate.shape, mesh)
+  back = sharding.fitting(BACK, down.shape, mesh)
   local = partial(
     dispatch.apply_routed,
     form,
     top_k=top_k,
     capacity_factor=capacity_factor,
     dtype=dtype,
-    dispatch=_dispatch_by,
+    dispatch=partial(_dispatch_by, specs=(into, into, back)),
   )
   return jax.shard_map(
     local,
-    in_specs=(TOKENS, P(), P(), INTO, INTO, BACK),
+    in_specs=(TOKENS, P(), P(), into, into, back),
     out_specs=(TOKENS, P(), TOKENS, TOKENS),
   )(x, router, bias, gate, up, down)
 
@@ -115,13 +118,17 @@ def apply_routed(
 # --- on one device, inside shard_map ---
 
 
-def _dispatch_by(form, x, expert_ids, weights, *stacks, capacity_factor, dtype):
+def _dispatch_by(
+  form, x, expert_ids, weights, *stacks, capacity_factor, dtype, specs
+):
   """`dispatch.dispatch_by`, with experts and slices of F on other devices."""
-  # What is marked here is where the backward pass sums over devices. Left to
-  # the first product, that would be over `tensor` while a token is k rows, and
-  # over `data` in the compute dtype instead of the parameter's.
+  # What is marked here is where the backward pass sums over `tensor`. Left to
+  # the first product, that would be while a token is k rows.
   x, weights = lax.pcast((x.astype(dtype), weights), TENSOR, to="varying")
-  stacks = [lax.pcast(w, DATA, to="varying").astype(dtype) for w in stacks]
+  stacks = [
+    sharding.gathered(w, spec, dtype=dtype).astype(dtype)
+    for w, spec in zip(stacks, specs)
+  ]
   y, dropped = FORMS[form](
     x, expert_ids, weights, *stacks, capacity_factor=capacity_factor
   )

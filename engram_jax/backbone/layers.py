@@ -2,7 +2,8 @@
 
   RMSNorm    y = x / sqrt(mean(x^2) + eps) * scale
   SwiGLU     y = (silu(x W_gate) * x W_up) W_down
-  Embedding  h = W[token]; as tied output head, logits = h W^T
+  Embedding  h = W[token]
+  logits     h W^T, of the head or of the embedding tied to it
   rotary     (a, b) -> (a cos - b sin, b cos + a sin) at angle p * theta_i
 
 Parameters are float32; the compute dtype is a field. Axes besides those of
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from engram_jax import sharding
 from engram_jax.config import DTYPES
 from engram_jax.errors import require, require_in_range
 from engram_jax.norms import rms_norm
@@ -69,8 +71,7 @@ def rotary_frequencies(dim: int, theta: float) -> Float[Array, "half"]:
 def rotary(
   x: Float[Array, "B L heads P"],
   positions: Int[Array, "B L"],
-  *,
-  theta: float,
+  frequencies: Float[Array, "half"],
 ) -> Float[Array, "B L heads P"]:
   """Rotates each pair of features by an angle proportional to the position.
 
@@ -81,12 +82,12 @@ def rotary(
   Args:
     x: `[B, L, heads, P]`, any float dtype.
     positions: int `[B, L]`; they restart in every document.
-    theta: base of the frequencies.
+    frequencies: float32 `[P / 2]`, radians per position of each pair:
+      `rotary_frequencies`, or `yarn.yarn_frequencies` for a longer model.
 
   Returns:
     `[B, L, heads, P]` in the dtype of `x`; the rotation is done in float32.
   """
-  frequencies = rotary_frequencies(x.shape[-1], theta)
   angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -136,7 +137,7 @@ class SwiGLU(nnx.Module):
 
 
 class Embedding(nnx.Module):
-  """Token embedding, and the output head tied to it."""
+  """Token embedding; its table may serve as output head too."""
 
   def __init__(
     self,
@@ -152,7 +153,7 @@ class Embedding(nnx.Module):
     shape = (vocab_size, hidden_size)
     self.table = normal_param(shape, init_std=init_std, rngs=rngs)
 
-  def __call__(self, token_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+  def __call__(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Rows of the table, in the compute dtype.
 
     Raises:
@@ -160,15 +161,43 @@ class Embedding(nnx.Module):
     """
     vocab_size = self.table.shape[-2]
     require_in_range("token_ids", token_ids, low=0, high=vocab_size)
-    # Gathered before the cast, so that only the rows that are read are cast.
-    return self.table[...][token_ids].astype(self.dtype)
+    return embed(self.table[...], token_ids, dtype=self.dtype)
 
-  def attend(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits of every token, float32 whatever the compute dtype."""
-    require_width("hidden", hidden, self.table.shape[-1])
-    return jnp.einsum(
-      "...d,vd->...v",
-      hidden.astype(self.dtype),
-      self.table[...].astype(self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+
+def embed(
+  table: Float[Array, "V D"], token_ids: Int[Array, "B L"], *, dtype: str
+) -> Float[Array, "B L D"]:
+  """Rows of `table` in `dtype`; its gradient is summed in its own.
+
+  On a mesh each device gathers the table, reads its own tokens, and sums their
+  gradient before any of it travels.
+  """
+  # Gathered before the cast, so that only the rows that are read are cast.
+  mesh = sharding.current_mesh()
+  if mesh is None or sharding.is_explicit(mesh):
+    return table[token_ids].astype(dtype)
+  spec = sharding.fitting(sharding.VOCABULARY, table.shape, mesh)
+
+  def local(table, token_ids):
+    whole = sharding.gathered(table, spec, dtype=dtype)
+    return whole[token_ids].astype(dtype)
+
+  return jax.shard_map(
+    local, in_specs=(spec, sharding.TOKENS), out_specs=sharding.TOKENS
+  )(table, token_ids)
+
+
+def logits_of(
+  hidden: Float[Array, "B L D"], matrix: Float[Array, "V D"]
+) -> Float[Array, "B L V"]:
+  """Logits of every token, float32; products in the dtype of `hidden`.
+
+  Args:
+    hidden: `[B, L, D]`, after the final norm.
+    matrix: `[V, D]`, the head's or the embedding's.
+  """
+  require_width("hidden", hidden, matrix.shape[-1])
+  matrix = sharding.constrain(matrix.astype(hidden.dtype), sharding.WHOLE)
+  return jnp.einsum(
+    "bld,vd->blv", hidden, matrix, preferred_element_type=jnp.float32
+  )

@@ -1,15 +1,23 @@
 """The whole model: embedding, blocks, head. Rows come in, the table never does.
 
-Block l, on residual streams H of shape [B, L, G, D]:
+The embedding is repeated into G residual streams H [B, L, G, D]. Block l:
 
   H <- H + Engram_l(H, rows_l)         only at the Engram layers
   H <- H + Attention(RMSNorm(H))
   H <- H + FFN(RMSNorm(H))             SwiGLU in the leading blocks, then MoE
 
-One residual stream for now: attention and FFN read it and write it back
-(`read_streams`, `write_streams`: the two places that hyper-connections take).
+and logits = RMSNorm(sum of the streams) W^T. With G > 1 hyper-connections take
+the place of both plain additions (`hyper_connections.py`).
+
+The parameters of equal blocks are one array each, block by block along its
+first axis: a loop over them is compiled once (`scan_blocks`), and the optimizer
+has few arrays. Where the Engram layers sit changes no name and no shape; blocks
+between them are a slice. Axes besides those of `types.py`:
+
+  n  blocks of one kind
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,17 +26,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from engram_jax import sharding
 from engram_jax.backbone.attention import LatentAttention, LatentCache
+from engram_jax.backbone.hyper_connections import HyperConnections, read, write
 from engram_jax.backbone.layers import (
   Embedding,
   RMSNorm,
   SwiGLU,
+  logits_of,
   normal_param,
 )
 from engram_jax.backbone.moe import MoE, MoEMetrics
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
-from engram_jax.fusion.engram import Engram, init_conv_state
+from engram_jax.fusion.engram import Engram, Fusion, init_conv_state
 from engram_jax.fusion.short_conv import ConvState
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows, TokenIds
 
@@ -51,26 +62,18 @@ class ModelOutput(NamedTuple):
   """What a forward pass returns.
 
   Attributes:
-    logits: float32 [B, L, V]; [B, 1, V] with `logits_at`.
+    logits: float32 [B, L, V]; [B, 1, V] with `logits_at`; None if not wanted.
+    hidden: [B, L, D] or [B, 1, D], what the head makes logits of.
     cache: the cache after these tokens; None if none was given.
-    moe: one `MoEMetrics` per block with experts, in the order of the blocks.
+    moe: of the blocks with experts, stacked: [n, E] and [n]; None without.
     gates: float32 [B, L, G] per Engram layer; empty when the memory is off.
   """
 
-  logits: Float[Array, "B L_or_1 V"]
+  logits: Float[Array, "B L_or_1 V"] | None
+  hidden: Float[Array, "B L_or_1 D"]
   cache: ModelCache | None
-  moe: tuple[MoEMetrics, ...]
+  moe: MoEMetrics | None
   gates: dict[int, Gates]
-
-
-def read_streams(streams: Hidden) -> Float[Array, "B L D"]:
-  """What a sublayer reads of the residual streams: the one there is."""
-  return streams[:, :, 0]
-
-
-def write_streams(streams: Hidden, update: Float[Array, "B L D"]) -> Hidden:
-  """The residual streams after a sublayer's update."""
-  return streams + update[:, :, None]
 
 
 def document_layout(
@@ -91,45 +94,119 @@ def document_layout(
 
 
 class Block(nnx.Module):
-  """One block: Engram where the config puts one, attention, FFN."""
+  """Attention and FFN around the residual streams."""
 
-  def __init__(self, config: ModelConfig, layer: int, *, key: Array):
+  def __init__(self, config: ModelConfig, *, has_experts: bool, key: Array):
     size, rngs = config.hidden_size, nnx.Rngs(params=key)
     weights = dict(init_std=config.init_std, dtype=config.dtype, rngs=rngs)
-    memory = config.engram
-    has_memory = memory is not None and layer in memory.layers
-    # From a stream of its own: a model with and one without a memory start
-    # alike where they are alike.
-    own = nnx.Rngs(params=jax.random.fold_in(key, 1))
-    self.engram = Engram(memory, rngs=own) if has_memory else None
     self.attention_norm = RMSNorm(size, eps=config.norm_eps)
     self.attention = LatentAttention(
       size, config.attention, norm_eps=config.norm_eps, **weights
     )
     self.ffn_norm = RMSNorm(size, eps=config.norm_eps)
-    if config.is_moe(layer):
+    if has_experts:
       self.ffn = MoE(size, config.moe, **weights)
     else:
       self.ffn = SwiGLU(size, config.dense_size, **weights)
+    # Random numbers of their own: a model starts alike with one stream and
+    # with several where they are alike.
+    own = nnx.Rngs(params=jax.random.fold_in(key, 2))
+    self.attention_streams = _hyper_connections(config, own)
+    self.ffn_streams = _hyper_connections(config, own)
 
-  def attend(self, streams, *, positions, segments, cache):
-    """The streams after attention, and its cache."""
-    update, cache = self.attention(
-      self.attention_norm(read_streams(streams)),
-      positions=positions,
-      segments=segments,
-      cache=cache,
-    )
-    return write_streams(streams, update), cache
+  def __call__(
+    self,
+    streams: Hidden,
+    *,
+    positions: Int[Array, "B L"],
+    segments: Int[Array, "B L"] | None,
+    cache: LatentCache | None,
+    dispatch: str | None,
+  ) -> tuple[Hidden, LatentCache | None, MoEMetrics | None]:
+    """The streams after the block; arguments as of `Transformer`."""
+    metrics = None
 
-  def feed_forward(self, streams, *, dispatch):
-    """The streams after the FFN, and its `MoEMetrics` (None when dense)."""
-    x, metrics = self.ffn_norm(read_streams(streams)), None
-    if isinstance(self.ffn, MoE):
-      update, metrics = self.ffn(x, dispatch=dispatch)
-    else:
-      update = self.ffn(x)
-    return write_streams(streams, update), metrics
+    def attend(x):
+      nonlocal cache
+      y, cache = self.attention(
+        self.attention_norm(x),
+        positions=positions,
+        segments=segments,
+        cache=cache,
+      )
+      return y
+
+    def feed_forward(x):
+      nonlocal metrics
+      x = self.ffn_norm(x)
+      if not isinstance(self.ffn, MoE):
+        return self.ffn(x)
+      y, metrics = self.ffn(x, dispatch=dispatch)
+      return y
+
+    streams = _around(attend, streams, self.attention_streams)
+    streams = _around(feed_forward, streams, self.ffn_streams)
+    return streams, cache, metrics
+
+
+def _hyper_connections(config: ModelConfig, rngs: nnx.Rngs):
+  if config.streams == 1:
+    return None
+  return HyperConnections(
+    config.hidden_size,
+    config.streams,
+    eps=config.norm_eps,
+    iterations=config.sinkhorn_iterations,
+    init_std=config.init_std,
+    rngs=rngs,
+  )
+
+
+def _around(sublayer, streams: Hidden, connections: HyperConnections | None):
+  """The residual streams after a sublayer [B, L, D] -> [B, L, D]."""
+  if connections is None:
+    return streams + sublayer(streams[:, :, 0])[:, :, None]
+  mixing = connections(streams)
+  update = sublayer(read(streams, mixing.pre))
+  return write(streams, update, mixing.post, mixing.residual)
+
+
+def _stack(config: ModelConfig, keys: Array, *, has_experts: bool):
+  """One `Block` whose arrays are those of as many blocks as there are keys."""
+  if not len(keys):
+    return None
+  make = nnx.vmap(lambda key: Block(config, has_experts=has_experts, key=key))
+  return make(keys)
+
+
+class Span(NamedTuple):
+  """Blocks that follow each other with no Engram layer between them.
+
+  Attributes:
+    kind: name of the stack that they are in.
+    start: of the first, in the stack.
+    stop: one past the last.
+    engram: number of the Engram layer that comes before them, or None.
+  """
+
+  kind: str
+  start: int
+  stop: int
+  engram: int | None
+
+
+def spans(config: ModelConfig) -> list[Span]:
+  """The model from bottom to top."""
+  layers = () if config.engram is None else config.engram.layers
+  first = config.num_dense_layers if config.moe else config.num_layers
+  cuts = sorted({0, first, config.num_layers, *layers})
+  found = []
+  for start, stop in itertools.pairwise(cuts):
+    in_moe = start >= first
+    kind, offset = ("moe_blocks", first) if in_moe else ("dense_blocks", 0)
+    engram = layers.index(start) if start in layers else None
+    found.append(Span(kind, start - offset, stop - offset, engram))
+  return found
 
 
 class Transformer(nnx.Module):
@@ -141,23 +218,35 @@ class Transformer(nnx.Module):
     shape = (config.vocab_size, config.hidden_size)
     self.embedding = Embedding(*shape, dtype=config.dtype, **weights)
     keys = jax.random.split(rngs.params(), config.num_layers)
-    self.blocks = nnx.List(
-      [Block(config, layer, key=key) for layer, key in enumerate(keys)]
+    first = config.num_dense_layers if config.moe else config.num_layers
+    self.dense_blocks = _stack(config, keys[:first], has_experts=False)
+    self.moe_blocks = _stack(config, keys[first:], has_experts=True)
+    # As the hyper-connections: from random numbers of their own.
+    memory = config.engram
+    layers = () if memory is None else memory.layers
+    own = [jax.random.fold_in(keys[layer], 1) for layer in layers]
+    self.engrams = nnx.List(
+      [Engram(memory, rngs=nnx.Rngs(params=key)) for key in own]
     )
     self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
     tied = config.tie_embeddings
-    self.head = None if tied else normal_param(shape[::-1], **weights)
+    self.head = None if tied else normal_param(shape, **weights)
+
+  def output_matrix(self) -> Float[Array, "V D"]:
+    """The head's weights, float32: the embedding's where they are tied."""
+    return (self.embedding.table if self.head is None else self.head)[...]
 
   def init_cache(self, batch: int, capacity: int) -> ModelCache:
     """An empty cache for `batch` sequences of at most `capacity` tokens."""
     config = self.config
     memory = config.engram
     layers = () if memory is None else memory.layers
+    attention = (self.dense_blocks or self.moe_blocks).attention
     return ModelCache(
       lengths=jnp.zeros(batch, jnp.int32),
       attention=tuple(
-        block.attention.init_cache(batch, capacity, config.dtype)
-        for block in self.blocks
+        attention.init_cache(batch, capacity, config.dtype)
+        for _ in range(config.num_layers)
       ),
       conv={layer: init_conv_state(memory, batch) for layer in layers},
     )
@@ -172,6 +261,7 @@ class Transformer(nnx.Module):
     lengths: Int[Array, "B"] | None = None,
     dispatch: str | None = None,
     logits_at: Int[Array, "B"] | None = None,
+    logits: bool = True,
   ) -> ModelOutput:
     """Logits of the next token at every position.
 
@@ -189,12 +279,14 @@ class Transformer(nnx.Module):
       logits_at: int32 [B], one position per sequence whose logits are wanted
         (a prompt's last token): they alone are computed, [B, 1, V]. None for
         all positions.
+      logits: False for none at all: a loss in chunks makes them of `hidden`
+        and `output_matrix` itself.
 
     Raises:
       InputError: rows of other layers than the model's, lengths without a
         cache, or a wrong shape.
     """
-    memory = self.config.engram
+    config, memory = self.config, self.config.engram
     expected = set() if memory is None or rows is None else set(memory.layers)
     given = set(rows or ())
     valid = f"rows of the Engram layers {sorted(expected)}, or None"
@@ -211,13 +303,18 @@ class Transformer(nnx.Module):
       positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
       segments = None
 
-    streams = self.embedding(token_ids)[:, :, None]
-    attention_caches, conv_states, moe_metrics, gates = [], {}, [], {}
-    for layer, block in enumerate(self.blocks):
-      if block.engram is not None:
+    embedded = self.embedding(token_ids)[:, :, None]
+    shape = (*token_ids.shape, config.streams, config.hidden_size)
+    streams = jnp.broadcast_to(embedded, shape)
+    context = dict(positions=positions, segments=segments, dispatch=dispatch)
+    caches, conv_states, moe_metrics, gates = [], {}, [], {}
+    for span in spans(config):
+      if span.engram is not None:
+        layer = memory.layers[span.engram]
         state = None if cache is None else cache.conv[layer]
         if rows is not None:
-          fused = block.engram.fuse(
+          fused = self._fuse(
+            span.engram,
             streams,
             rows[layer],
             state=state,
@@ -227,32 +324,92 @@ class Transformer(nnx.Module):
           streams, state = streams + fused.update, fused.state
           gates[layer] = fused.gates
         conv_states[layer] = state
-      streams, attention_cache = block.attend(
-        streams,
-        positions=positions,
-        segments=segments,
-        cache=None if cache is None else cache.attention[layer],
-      )
-      attention_caches.append(attention_cache)
-      streams, metrics = block.feed_forward(streams, dispatch=dispatch)
-      if metrics is not None:
-        moe_metrics.append(metrics)
+      here = None
+      if cache is not None:
+        here = cache.attention[len(caches) :][: span.stop - span.start]
+      streams, here, metrics = self._blocks(span, streams, here, context)
+      caches += here
+      moe_metrics += metrics
 
-    hidden = read_streams(streams)
+    hidden = (
+      jnp.sum(streams, axis=2) if config.streams > 1 else streams[:, :, 0]
+    )
     if logits_at is not None:
       at = logits_at[:, None, None]
       hidden = jnp.take_along_axis(hidden, at, axis=1)
     hidden = self.norm(hidden)
-    if self.head is None:
-      logits = self.embedding.attend(hidden)
-    else:
-      head = self.head[...].astype(hidden.dtype)
-      logits = jnp.einsum(
-        "bld,dv->blv", hidden, head, preferred_element_type=jnp.float32
-      )
+    values = logits_of(hidden, self.output_matrix()) if logits else None
     if cache is not None:
       added = length if lengths is None else lengths
-      cache = ModelCache(
-        cache.lengths + added, tuple(attention_caches), conv_states
-      )
-    return ModelOutput(logits, cache, tuple(moe_metrics), gates)
+      cache = ModelCache(cache.lengths + added, tuple(caches), conv_states)
+    moe = None
+    if moe_metrics:
+      moe = jax.tree.map(lambda *x: jnp.concatenate(x), *moe_metrics)
+    return ModelOutput(values, hidden, cache, moe, gates)
+
+  def _fuse(
+    self, number: int, streams: Hidden, rows: Rows, **context
+  ) -> Fusion:
+    """What Engram layer `number` adds to the streams."""
+    graph, weights = nnx.split(self.engrams[number])
+    dtype = self.config.dtype
+
+    def fuse(weights, streams, rows):
+      weights = sharding.for_compute(weights, f"engrams/{number}", dtype=dtype)
+      return nnx.merge(graph, weights).fuse(streams, rows, **context)
+
+    return self._rematerialized(fuse)(weights, streams, rows)
+
+  def _blocks(self, span: Span, streams: Hidden, caches, context):
+    """The streams after the blocks of a span.
+
+    Returns:
+      The streams; the blocks' caches; and a list of stacked `MoEMetrics`.
+    """
+    graph, stack = nnx.split(getattr(self, span.kind))
+    dtype = self.config.dtype
+
+    def block(streams, weights, cache):
+      weights = sharding.for_compute(weights, span.kind, dtype=dtype)
+      return nnx.merge(graph, weights)(streams, cache=cache, **context)
+
+    if caches is None and self.config.scan_blocks:
+
+      def step(streams, weights):
+        streams, _, metrics = block(streams, weights, None)
+        return streams, metrics
+
+      weights = _at(stack, slice(span.start, span.stop))
+      step = self._rematerialized(step)
+      streams, metrics = jax.lax.scan(step, streams, weights)
+      return streams, [], [] if metrics is None else [metrics]
+
+    if caches is None:
+      block = self._rematerialized(block)
+    new_caches, all_metrics = [], []
+    for i in range(span.start, span.stop):
+      weights = _at(stack, i)
+      cache = None if caches is None else caches[i - span.start]
+      streams, cache, metrics = block(streams, weights, cache)
+      new_caches.append(cache)
+      if metrics is not None:
+        all_metrics.append(_at(metrics, None))
+    return streams, new_caches, all_metrics
+
+  def _rematerialized(self, function):
+    """The function with the config's choice of what its gradient keeps."""
+    if self.config.remat == "none":
+      return function
+    keep = {
+      "block": None,
+      "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }[self.config.remat]
+    # In a loop nothing can undo the recomputation; outside, XLA would merge it
+    # with the first computation and keep everything after all.
+    in_loop = self.config.scan_blocks
+    return jax.checkpoint(function, policy=keep, prevent_cse=not in_loop)
+
+
+def _at(tree, index):
+  """Each array of the tree at `index`."""
+  return jax.tree.map(lambda x: x[index], tree)

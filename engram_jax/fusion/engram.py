@@ -8,6 +8,7 @@ With e_t the concatenated rows of position t, per residual stream g (Eq. 3-6):
   Y^g = SiLU(conv(RMSNorm(u^g))) + u^g
   H <- H + Y                      by the caller, before its attention
 
+W_K^1 ... W_K^G and W_V are one array, `projection`, and one product.
 `fuse` is the mathematics; `Engram` holds its parameters for flax.nnx, and
 `engram_jax.linen.Engram` for flax.linen. Neither ever sees the table.
 
@@ -34,22 +35,18 @@ class EngramParams(NamedTuple):
   """Arrays of one Engram layer, float32; None where an option is off.
 
   Attributes:
-    key_kernel: [M, G, D].
-    value_kernel: [M, D].
+    projection: [M, G + 1, D], the streams' W_K, then W_V.
     key_scale: [G, D], gain of the key's norm.
     query_scale: [G, D], gain of the hidden state's norm.
-    key_bias: [G, D], with `projection_bias`.
-    value_bias: [D], with `projection_bias`.
+    projection_bias: [G + 1, D], in the same order.
     conv_scale: [G, D], gain of the norm before the convolution.
     conv_kernel: [taps, G, D]; tap `taps - 1` is the present.
   """
 
-  key_kernel: Float[Array, "M G D"]
-  value_kernel: Float[Array, "M D"]
+  projection: Float[Array, "M G+1 D"]
   key_scale: Float[Array, "G D"]
   query_scale: Float[Array, "G D"]
-  key_bias: Float[Array, "G D"] | None = None
-  value_bias: Float[Array, "D"] | None = None
+  projection_bias: Float[Array, "G+1 D"] | None = None
   conv_scale: Float[Array, "G D"] | None = None
   conv_kernel: Float[Array, "taps G D"] | None = None
 
@@ -72,13 +69,12 @@ def param_shapes(config: EngramConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of the `EngramParams` that `config` has, by name."""
   memory, (g, d) = config.memory_width, (config.streams, config.hidden_size)
   shapes = {
-    "key_kernel": (memory, g, d),
-    "value_kernel": (memory, d),
+    "projection": (memory, g + 1, d),
     "key_scale": (g, d),
     "query_scale": (g, d),
   }
   if config.projection_bias:
-    shapes |= {"key_bias": (g, d), "value_bias": (d,)}
+    shapes["projection_bias"] = (g + 1, d)
   if config.short_conv:
     shapes |= {
       "conv_scale": (g, d),
@@ -94,9 +90,10 @@ def param_init(name: str) -> nnx.Initializer:
   none); norms start at 1; biases and the convolution at 0 (the paper's §2), so
   that Y starts as the gated value alone.
   """
-  if name in ("key_kernel", "value_kernel"):
+  if name == "projection":
+    # Both output axes are named: one left out would count into the fan-in.
     return nnx.initializers.variance_scaling(
-      1.0, "fan_in", "normal", in_axis=0, out_axis=-1
+      1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2)
     )
   ones = name.endswith("_scale")
   return nnx.initializers.ones if ones else nnx.initializers.zeros
@@ -140,19 +137,19 @@ def fuse(
     InputError: rows or hidden state whose widths do not fit the parameters.
   """
   width = rows.shape[-2] * rows.shape[-1]
-  memory, streams, size = params.key_kernel.shape
+  memory, outputs, size = params.projection.shape
+  streams = outputs - 1
   valid = f"K * d = {memory}, the projections' input"
   require(width == memory, "rows", rows.shape, valid)
   valid = f"shape [B, L, {streams}, {size}]"
   require(hidden.shape[2:] == (streams, size), "hidden", hidden.shape, valid)
 
   entry = rows.reshape(*rows.shape[:2], width).astype(dtype)
-  keys = jnp.einsum("blm,mgd->blgd", entry, params.key_kernel.astype(dtype))
-  value = entry @ params.value_kernel.astype(dtype)
-  if params.key_bias is not None:
-    keys = keys + params.key_bias.astype(dtype)
-  if params.value_bias is not None:
-    value = value + params.value_bias.astype(dtype)
+  weights = params.projection.astype(dtype)
+  projected = jnp.einsum("blm,mgd->blgd", entry, weights)
+  if params.projection_bias is not None:
+    projected = projected + params.projection_bias.astype(dtype)
+  keys, value = jnp.split(projected, [streams], axis=2)
 
   scores = gate_scores(
     hidden,
@@ -166,7 +163,7 @@ def fuse(
   if breaks is not None:
     is_text = (breaks != Break.NON_TEXT)[..., None]
     gates = jnp.where(is_text, gates, 0)
-  update = gates[..., None].astype(dtype) * value[:, :, None]
+  update = gates[..., None].astype(dtype) * value
 
   if params.conv_kernel is not None:
     normed = rms_norm(update, params.conv_scale, eps=conv_eps).astype(dtype)

@@ -11,8 +11,8 @@ from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.errors import require
 from engram_jax.memory.retrieval import Tables, shuffle_row_ids
+from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program
-from engram_jax.training.step import cross_entropy
 
 #: How an evaluation uses the memory.
 MEMORY_MODES = ("on", "off", "shuffled")
@@ -42,16 +42,15 @@ def make_eval_step(program: Program, *, memory: str = "on") -> EvalStep:
       if row_ids and memory == "shuffled":
         row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
       read = program.read(tables, row_ids, capacity=capacity)
-      out = model(
-        batch["inputs"],
+      loss, _ = model_loss(
+        model,
         read.rows,
-        breaks=batch["breaks"],
+        batch,
+        chunk=program.train.loss_chunk,
         dispatch=program.model.dropless_dispatch,
       )
-      mask = batch["loss_mask"]
-      loss = cross_entropy(out.logits, batch["targets"], mask)
       needed = 0 if read.plan is None else read.plan.needed
-      return loss, jnp.sum(mask), needed
+      return loss, jnp.sum(batch["loss_mask"]), needed
 
   def step(model: Transformer, tables: Tables, batch: Batch):
     nonlocal room

@@ -44,6 +44,11 @@ from engram_jax.training.runs import (
   open_folder,
   save_tokenizer_of_run,
 )
+from engram_jax.training.starting import (
+  find_origin,
+  record_origin,
+  state_from,
+)
 from engram_jax.training.state import TrainState, abstract_model
 from engram_jax.training.step import make_train_step
 
@@ -82,6 +87,8 @@ def run(
   config: ExperimentConfig,
   workdir: str | os.PathLike,
   *,
+  init_from: str | os.PathLike | None = None,
+  init_step: int | None = None,
   progress: bool = True,
 ) -> RunResult:
   """Trains, or goes on training, until `config.train.steps`.
@@ -89,10 +96,13 @@ def run(
   Args:
     config: the whole run.
     workdir: its folder; new, empty, or of the same run.
+    init_from: the folder of another run, whose weights a new one starts from;
+      see `starting.py`. Not looked at once the run has a checkpoint.
+    init_step: of the other run's checkpoint; None for the newest.
     progress: tell on standard error what is done, with a progress bar.
 
   Raises:
-    InputError: a folder of another run, data that do not fit.
+    InputError: a folder of another run, data or weights that do not fit.
     NonFiniteError: with `on_nonfinite="stop"`.
     ProcessLostError: another process of the run is gone.
   """
@@ -102,6 +112,9 @@ def run(
   mesh = processes.together(lambda: _make_mesh(config))
   if mesh is not None:
     say(f"Devices: {', '.join(f'{a} {n}' for a, n in mesh.shape.items())}")
+  origin = find_origin(
+    workdir, config, init_from=init_from, init_step=init_step
+  )
   folder = processes.together(
     lambda: open_folder(workdir, config), main_first=True
   )
@@ -126,9 +139,10 @@ def run(
     stored = None
     if saved.latest_step() is not None:
       stored = saved.read_constants()
-      if hashing is not None and stored["hash"] is not None:
-        # The stored constants count, whatever this NumPy would draw.
-        hashing = NgramHash.from_dict(stored["hash"])
+    known = stored or (origin and origin.constants)
+    if known and hashing is not None and known["hash"] is not None:
+      # The stored constants count, whatever this NumPy would draw.
+      hashing = NgramHash.from_dict(known["hash"])
     expected = constants(
       config,
       hashing=hashing,
@@ -138,6 +152,8 @@ def run(
     )
     if stored is not None:
       check_constants(stored, expected)
+    elif origin is not None:
+      origin.require_same(expected)
     processes.together(lambda: _require_as_on_main(expected))
     graph, _, _ = abstract_model(config.model)
     program = Program.create(
@@ -152,6 +168,13 @@ def run(
     if stored is not None:
       state = saved.restore(abstract_state(program), data_iterator=iterator)
       say(f"Resuming {folder.path} at step {int(state.step)}")
+      if init_from is not None:
+        say(f"Not from {init_from}: the run has checkpoints of its own")
+    elif origin is not None:
+      if processes.is_main():
+        record_origin(folder, origin)
+      say(f"Starting from step {origin.step} of {origin.folder.path}")
+      state = state_from(origin, program)
     else:
       state = new_state(program)
 
@@ -247,9 +270,8 @@ def _closing(saved: Checkpoints) -> Callable[..., None]:
 
 def _how_to_go_on(folder: RunFolder) -> str:
   """What to do after a loss. From the disk: Orbax may wait for the lost."""
-  found = folder.checkpoints.iterdir() if folder.checkpoints.exists() else ()
-  steps = [int(path.name) for path in found if path.name.isdigit()]
-  where = f"the last checkpoint (step {max(steps)})" if steps else "the start"
+  steps = folder.saved_steps()
+  where = f"the last checkpoint (step {steps[-1]})" if steps else "the start"
   return f"start all processes again to continue from {where}"
 
 

@@ -17,6 +17,7 @@ from engram_jax.memory.row_optimizers import (
 )
 from engram_jax.memory.sinkhorn import sinkhorn
 from engram_jax.run_config import TrainConfig
+from engram_jax.training.muon import matrix_axes, muon
 
 #: Leaf names of arrays that are no matrices, whatever their rank.
 UNDECAYED = ("scale", "bias")
@@ -39,11 +40,24 @@ def decay_mask(params: nnx.State) -> nnx.State:
 
 
 def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW for a learning rate of 1; the step multiplies by the schedule.
+  """The backbone's optimizer by its name, for a learning rate of 1.
 
-  It does not clip: rows count in the norm, and they do not come here.
+  The step multiplies by the schedule. It does not clip: rows count in the norm,
+  and they do not come here.
+
+  `adamw` moves all parameters. `muon` moves those by which a whole activation
+  is multiplied: the matrices of attention, of dense blocks and of experts (each
+  expert by itself), of routers and hyper-connections, and the Engram layers'
+  projections; and AdamW the rest: norms and biases, the embedding and the head,
+  as in Moonlight (arXiv 2502.16982 §2.2), and the taps of the convolution,
+  which multiply channel by channel. A router is a matrix like any other: there,
+  too, Muon has it, and its balancing bias is no parameter.
+
+  Raises:
+    InputError: when the transformation of `muon` meets a parameter that
+      `muon.matrix_axes` has no rule for.
   """
-  return optax.adamw(
+  adamw = optax.adamw(
     1.0,
     b1=config.adam_b1,
     b2=config.adam_b2,
@@ -51,6 +65,23 @@ def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     weight_decay=config.weight_decay,
     mask=decay_mask,
   )
+  if config.optimizer == "adamw":
+    return adamw
+  matrices = muon(
+    momentum=config.muon_momentum,
+    weight_decay=config.weight_decay,
+    decay_mask=decay_mask,
+  )
+  return optax.partition({"muon": matrices, "adamw": adamw}, optimizer_names)
+
+
+def optimizer_names(params: nnx.State) -> nnx.State:
+  """`muon` or `adamw` for each leaf, in a tree like `params`."""
+
+  def name(path, leaf):
+    return "adamw" if matrix_axes(path, leaf) is None else "muon"
+
+  return jax.tree_util.tree_map_with_path(name, params)
 
 
 def table_optimizer(config: TrainConfig) -> RowOptimizer:

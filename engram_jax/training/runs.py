@@ -6,6 +6,7 @@ WORKDIR/
   compression.npz   the map of token ids to canonical ids
   checkpoints/      see `checkpoints.py`; holds the hash constants too
   metrics.jsonl     one record a line; TensorBoard's files in tensorboard/
+  origin.json       the checkpoint whose weights it started from, if it did
 """
 
 import dataclasses
@@ -61,6 +62,27 @@ class RunFolder:
   def metrics(self) -> pathlib.Path:
     return self.path / "metrics.jsonl"
 
+  @property
+  def origin(self) -> pathlib.Path:
+    return self.path / "origin.json"
+
+  @classmethod
+  def of(cls, workdir: str | os.PathLike) -> "RunFolder":
+    """By its path, which may begin with `~`."""
+    return cls(pathlib.Path(workdir).expanduser().absolute())
+
+  def saved_steps(self) -> list[int]:
+    """Steps of its checkpoints by the names on the disk, ascending."""
+    folder = self.checkpoints
+    found = folder.iterdir() if folder.exists() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+  def require_run(self) -> None:
+    """Refuses a folder in which no run has begun to save."""
+    valid = "the folder of a run, with config.json and checkpoints/"
+    begun = self.config.exists() and self.checkpoints.exists()
+    require(begun, "workdir", self.path, valid)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel:
@@ -104,7 +126,7 @@ def open_folder(
   Raises:
     InputError: the folder holds a run of another config, or something else.
   """
-  folder = RunFolder(pathlib.Path(workdir).expanduser().absolute())
+  folder = RunFolder.of(workdir)
   if folder.config.exists():
     found = json.loads(folder.config.read_text())
     try:
@@ -195,10 +217,8 @@ def load_run(
   Raises:
     InputError: no run or no such checkpoint there, or files of another run.
   """
-  folder = RunFolder(pathlib.Path(workdir).expanduser().absolute())
-  valid = "the folder of a run, with config.json and checkpoints/"
-  require(folder.config.exists(), "workdir", folder.path, valid)
-  require(folder.checkpoints.exists(), "workdir", folder.path, valid)
+  folder = RunFolder.of(workdir)
+  folder.require_run()
   with Checkpoints.open(folder.checkpoints) as saved:
     step = saved.latest_step() if step is None else step
     stored = saved.read_constants(step)

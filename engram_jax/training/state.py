@@ -19,6 +19,7 @@ from engram_jax.config import ModelConfig
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_optimizers import RowOptimizer
 from engram_jax.memory.table import init_table
+from engram_jax.sharding import parameter_name
 
 
 @jax.tree_util.register_dataclass
@@ -108,13 +109,13 @@ def count_parameters(tree: Any) -> int:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """The leaves of a state by path, e.g. `blocks/1/engram/key_kernel`.
+  """The leaves of a state by path, e.g. `moe_blocks/ffn/gate`.
 
   The names hold no trace of how Flax wraps its variables, so that a checkpoint
   outlives its versions. Leaves may be arrays or their shapes.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  flat = {_name(path): leaf for path, leaf in leaves}
+  flat = {parameter_name(path): leaf for path, leaf in leaves}
   assert len(flat) == len(leaves), "two leaves of one name"
   return flat
 
@@ -122,9 +123,5 @@ def flatten(tree: Any) -> dict[str, Any]:
 def unflatten(template: Any, leaves: dict[str, Any]) -> Any:
   """The tree like `template` whose `flatten` is `leaves`."""
   paths, structure = jax.tree_util.tree_flatten_with_path(template)
-  return jax.tree.unflatten(structure, [leaves[_name(p)] for p, _ in paths])
-
-
-def _name(path: tuple) -> str:
-  name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return name.removesuffix("/value")  # an nnx.Variable's own field
+  names = [parameter_name(path) for path, _ in paths]
+  return jax.tree.unflatten(structure, [leaves[name] for name in names])

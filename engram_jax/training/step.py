@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.routing import max_violation, updated_bias
@@ -33,34 +33,27 @@ from engram_jax.memory.row_optimizers import (
   squared_norm,
   sum_duplicates,
 )
+from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program, Reading
 from engram_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
 
 
-def cross_entropy(
-  logits: Float[Array, "B L V"], targets: Array, mask: Array
-) -> Float[Array, ""]:
-  """Sum of -log p(target) over the positions where `mask` is True, in nats."""
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  return jnp.sum(jnp.where(mask, losses, 0))
-
-
 def _loss(params, rows, balance, batch, targets_in_batch, program: Program):
   """Mean loss of the whole batch, as far as this (micro)batch adds to it."""
   model = nnx.merge(program.graph, params, balance)
-  out = model(batch["inputs"], rows, breaks=batch["breaks"])
-  total = cross_entropy(out.logits, batch["targets"], batch["loss_mask"])
+  total, out = model_loss(model, rows, batch, chunk=program.train.loss_chunk)
   loss = total / jnp.maximum(targets_in_batch, 1)
-  auxiliary = jnp.zeros(())
-  for metrics in out.moe:
-    auxiliary = auxiliary + metrics.balance_loss / program.train.accumulation
+  auxiliary = dropped = jnp.zeros(())
+  if out.moe is not None:
+    auxiliary = jnp.sum(out.moe.balance_loss) / program.train.accumulation
+    dropped = jnp.sum(out.moe.dropped)
   observed = {
     "loss": loss,
     "balance_loss": auxiliary,
-    "load": jnp.stack([m.load for m in out.moe]) if out.moe else None,
-    "dropped": sum((m.dropped for m in out.moe), jnp.zeros(())),
+    "load": out.moe and out.moe.load,
+    "dropped": dropped,
     "gates": {
       layer: jnp.mean(gates, axis=(0, 1)) / program.train.accumulation
       for layer, gates in out.gates.items()
@@ -232,12 +225,8 @@ def _rebalance(balance: nnx.State, load: Any, program: Program) -> nnx.State:
   """The balancing biases moved by one step of loss-free balancing."""
   if load is None:
     return balance
-  biases, structure = jax.tree.flatten(balance)
-  moved = [
-    updated_bias(bias, layer_load, rate=program.model.moe.balance_rate)
-    for bias, layer_load in zip(biases, load, strict=True)
-  ]
-  return jax.tree.unflatten(structure, moved)
+  rate = program.model.moe.balance_rate
+  return jax.tree.map(lambda b: updated_bias(b, load, rate=rate), balance)
 
 
 def make_train_step(

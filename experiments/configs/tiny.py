@@ -1,7 +1,8 @@
 """A small Engram mixture of experts on the Python standard library's sources.
 
 For two cores without an accelerator: about three minutes of training. The
-expected losses are in README.md; the command is
+numbers are those of the preset `tiny` (`engram_jax/presets.py`), the expected
+losses are in README.md; the command is
 
   python -m experiments.pretrain --config=experiments/configs/tiny.py \
     --workdir=runs/tiny
@@ -9,66 +10,14 @@ expected losses are in README.md; the command is
 
 import ml_collections
 
-from engram_jax.config import (
-  AttentionConfig,
-  EngramConfig,
-  ModelConfig,
-  MoEConfig,
-)
-from engram_jax.run_config import DataConfig, ExperimentConfig, TrainConfig
+from engram_jax.run_config import ExperimentConfig
 from experiments.cli import as_config_dict
+from experiments.configs.preset import experiment_of
 
 
 def experiment() -> ExperimentConfig:
   """The config, frozen."""
-  hidden_size = 128
-  model = ModelConfig(
-    vocab_size=4096,
-    hidden_size=hidden_size,
-    num_layers=4,
-    # Keys are as wide as values (32 + 16), so that attention goes through
-    # jax.nn.dot_product_attention.
-    attention=AttentionConfig(
-      num_heads=4, nope_dim=32, rope_dim=16, value_dim=48, kv_rank=64
-    ),
-    dense_size=384,
-    # Balance ten and a hundred times as eager as the paper's: its 0.001 moves
-    # a bias by 0.4 in this run, too little to undo a collapse of the first
-    # steps (MaxVio stayed above 9 for 60 steps).
-    moe=MoEConfig(
-      num_experts=32,
-      top_k=2,
-      expert_size=64,
-      num_shared=1,
-      balance_rate=0.01,
-      balance_loss=0.01,
-    ),
-    # The second block and the middle, as in the paper; both n-gram orders.
-    engram=EngramConfig(
-      hidden_size=hidden_size,
-      layers=(1, 2),
-      rows_per_head=(8192, 8192),
-      heads=4,
-      head_dim=16,
-      pad_id=0,
-    ),
-  )
-  return ExperimentConfig(
-    model=model,
-    data=DataConfig(vocab_size=4096),
-    train=TrainConfig(
-      steps=400,
-      batch_size=8,
-      seq_len=256,
-      # The best of 1e-3, 2e-3 and 4e-3 for the same model without memory
-      # (experiments/results/compare.json).
-      learning_rate=2e-3,
-      warmup_steps=30,
-      eval_every=100,
-      eval_batches=10,
-      checkpoint_every=100,
-    ),
-  )
+  return experiment_of("tiny")
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -3,14 +3,13 @@
 import dataclasses
 import re
 
-import jax
 import pytest
 
 from engram_jax.analysis.accounting import (
   PARTS,
   count_parameters_by_part,
-  swap_memory_for_experts,
-  swap_remainder,
+  counting_hash,
+  sparsity,
 )
 from engram_jax.config import (
   AttentionConfig,
@@ -19,8 +18,12 @@ from engram_jax.config import (
   MoEConfig,
 )
 from engram_jax.errors import InputError
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.training.state import abstract_model, count_parameters
+from engram_jax.presets import preset
+from engram_jax.training.state import (
+  abstract_model,
+  count_parameters,
+  flatten,
+)
 
 ATTENTION = AttentionConfig(
   num_heads=3, nope_dim=5, rope_dim=4, value_dim=7, kv_rank=11
@@ -45,17 +48,19 @@ CONFIG = ModelConfig(
 )
 
 # Which part a parameter of the model belongs to, by its path.
+BLOCKS = "(dense|moe)_blocks"
 PATHS = {
   "embedding": r"embedding/table",
   "head": r"head",
-  "attention": r"blocks/\d+/attention/(?!kv_norm).*",
-  "dense_ffn": r"blocks/\d+/ffn/(gate|up|down):2",
-  "routed_experts": r"blocks/\d+/ffn/(gate|up|down):3",
-  "shared_experts": r"blocks/\d+/ffn/shared/.*",
-  "router": r"blocks/\d+/ffn/router",
-  "norms": r"norm/scale|blocks/\d+/(.*_norm|engram)/(.*_)?scale",
-  "engram_projections": r"blocks/\d+/engram/(key|value)_(kernel|bias)",
-  "engram_conv": r"blocks/\d+/engram/conv_kernel",
+  "attention": rf"{BLOCKS}/attention/(?!kv_norm).*",
+  "dense_ffn": r"dense_blocks/ffn/(gate|up|down)",
+  "routed_experts": r"moe_blocks/ffn/(gate|up|down)",
+  "shared_experts": r"moe_blocks/ffn/shared/.*",
+  "router": r"moe_blocks/ffn/router",
+  "norms": rf"norm/scale|{BLOCKS}/.*_norm/scale|engrams/\d+/.*_scale",
+  "hyper_connections": rf"{BLOCKS}/(attention|ffn)_streams/.*",
+  "engram_projections": r"engrams/\d+/projection(_bias)?",
+  "engram_conv": r"engrams/\d+/conv_kernel",
 }
 
 
@@ -70,20 +75,6 @@ def replace(config, **changes):
     if inner:
       changes[group] = dataclasses.replace(getattr(config, group), **inner)
   return dataclasses.replace(config, **changes)
-
-
-def make_hash(config):
-  memory = config.engram
-  if memory is None:
-    return None
-  return NgramHash.create(
-    vocab_size=config.vocab_size,
-    rows_per_head=memory.rows_per_head,
-    heads=memory.heads,
-    layers=memory.layers,
-    pad_id=memory.pad_id,
-    seed=memory.seed,
-  )
 
 
 CASES = {
@@ -102,6 +93,9 @@ CASES = {
     "engram_short_conv": False,
     "tie_embeddings": False,
   },
+  "three streams": {"streams": 3, "engram_streams": 3},
+  "three streams, no memory": {"streams": 3, "engram": None},
+  "three streams, no experts": {"streams": 3, "moe": None, "engram": None},
   "one order, one layer": {
     "engram_rows_per_head": (30,),
     "engram_layers": (0,),
@@ -112,20 +106,14 @@ CASES = {
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_every_part_is_what_the_model_has(changes):
   config = replace(CONFIG, **changes)
-  hashing = make_hash(config)
+  hashing = counting_hash(config)
   counts = count_parameters_by_part(config, hashing)
   _, params, _ = abstract_model(config)
 
   real = dict.fromkeys(PARTS, 0)
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path = jax.tree_util.keystr(keys, simple=True, separator="/")
-    path = path.removesuffix("/value")
-    # The experts' kernels have the dense ones' names and an axis more.
-    names = (path, f"{path}:{leaf.ndim}")
+  for path, leaf in flatten(params).items():
     parts = [
-      part
-      for part, pattern in PATHS.items()
-      if any(re.fullmatch(pattern, name) for name in names)
+      part for part, pattern in PATHS.items() if re.fullmatch(pattern, path)
     ]
     assert len(parts) == 1, path
     real[parts[0]] += leaf.size
@@ -140,7 +128,7 @@ def test_every_part_is_what_the_model_has(changes):
 
 
 def test_a_token_activates_its_experts_and_its_rows_alone():
-  counts = count_parameters_by_part(CONFIG, make_hash(CONFIG))
+  counts = count_parameters_by_part(CONFIG, counting_hash(CONFIG))
   idle = (MOE.num_experts - MOE.top_k) * 3 * (3 * 16 * 10)  # of 3 blocks
   unread = counts["tables"] - 2 * (2 * 2) * 3  # layers, columns, width
   assert counts["activated"] == counts["total"] - idle - unread
@@ -148,65 +136,90 @@ def test_a_token_activates_its_experts_and_its_rows_alone():
   assert counts["activated_without_embedding"] == without
 
   untied = replace(CONFIG, tie_embeddings=False)
-  changed = count_parameters_by_part(untied, make_hash(untied))
+  changed = count_parameters_by_part(untied, counting_hash(untied))
   assert changed["activated"] == counts["activated"] + 16  # one row
   assert changed["activated_without_embedding"] == without
 
 
-PAPER = ModelConfig(
-  vocab_size=129_280,
-  hidden_size=2560,
-  num_layers=30,
-  attention=AttentionConfig(),
-  dense_size=12_288,
-  moe=MoEConfig(num_experts=55, top_k=6, expert_size=1536, num_shared=2),
-  engram=EngramConfig(
-    hidden_size=2560, layers=(1, 14), rows_per_head=(2_262_400,) * 2
-  ),
-)
+def billions(number):
+  return round(number / 1e9, 2)
 
 
-def test_the_papers_models_have_the_papers_sizes():
-  """26.7B and 3.8B, with 72 experts or with 55 and 5.7B rows."""
-  hashing = make_hash(PAPER)
-  swapped = swap_memory_for_experts(PAPER, hashing)
-  assert swapped == replace(PAPER, engram=None, moe_num_experts=72)
-  for config, its_hash in ((PAPER, hashing), (swapped, None)):
-    counts = count_parameters_by_part(config, its_hash)
-    assert counts["total"] == pytest.approx(26.7e9, rel=2e-3)
-    active = counts["activated_without_embedding"]
-    assert active == pytest.approx(3.8e9, rel=5e-3)
+# The published totals; all parameters with one vocabulary matrix; those
+# without hyper-connections; and P_act of both countings.
+PUBLISHED = {
+  "dense_4b": (4.1, 4.13, 4.12, 3.80, 3.79),
+  "moe_27b": (26.7, 26.72, 26.70, 3.81, 3.79),
+  "engram_27b": (26.7, 26.73, 26.71, 3.84, 3.82),
+  "engram_40b": (39.5, 39.47, 39.45, 3.84, 3.82),
+}
 
 
-@pytest.mark.parametrize("rows", [(50, 90), (300, 500), (2000, 2000)])
-@pytest.mark.parametrize("dense", [0, 1, 3])
-def test_the_swap_is_as_near_as_a_whole_expert_allows(rows, dense):
-  config = replace(CONFIG, engram_rows_per_head=rows, num_dense_layers=dense)
-  hashing = make_hash(config)
-  swapped = swap_memory_for_experts(config, hashing)
-  assert swapped.engram is None
-  experts = swapped.moe.num_experts
-  assert experts > config.moe.num_experts
-  # Nothing else has changed.
-  same = replace(config, engram=None, moe_num_experts=experts)
-  assert swapped == same
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_models_have_the_papers_sizes(name):
+  published, total, plain_total, activated, plain_activated = PUBLISHED[name]
+  config = preset(name).model
+  hashing = counting_hash(config)
+  mixing = count_parameters_by_part(config, hashing)["hyper_connections"]
+  # 30 blocks of two: a kernel, 24 biases and 3 scales.
+  assert mixing == 60 * (4 * 2560 * 24 + 24 + 3)
 
-  report = swap_remainder(config, hashing)
-  counts = count_parameters_by_part(swapped, None)
-  mine = count_parameters_by_part(config, hashing)
-  assert report["total_experts"] == counts["total"]
-  assert report["activated_experts"] == counts["activated"]
-  assert report["total_memory"] == mine["total"]
-  assert report["activated_memory"] == mine["activated"]
-  assert report["remainder"] == mine["total"] - counts["total"]
-  for other in (experts - 1, experts + 1):
-    neighbour = replace(swapped, moe_num_experts=other)
-    total = count_parameters_by_part(neighbour, None)["total"]
-    assert abs(report["remainder"]) <= abs(mine["total"] - total)
+  found = sparsity(config, hashing)
+  assert round(found["total_with_vocabulary"] / 1e9, 1) == published
+  assert round(found["activated"] / 1e9, 1) == 3.8
+  assert billions(found["total_with_vocabulary"]) == total
+  assert billions(found["total_with_vocabulary"] - mixing) == plain_total
+  assert billions(found["activated"]) == activated
+  assert billions(found["activated"] - mixing) == plain_activated
+
+
+def test_the_papers_models_have_the_papers_sparsity():
+  def of(name):
+    config = preset(name).model
+    return sparsity(config, counting_hash(config))
+
+  engram = of("engram_27b")
+  assert round(100 * engram["rho"], 1) == 74.3
+  assert engram["rho"] + engram["memory_share"] == 1
+  assert of("moe_27b")["rho"] == 1
+  dense = of("dense_4b")
+  assert dense["sparse"] == dense["rho"] == dense["memory_share"] == 0
+  tables = count_parameters_by_part(
+    preset("engram_27b").model, counting_hash(preset("engram_27b").model)
+  )["tables"]
+  # Next to the paper's own: all of the table, read or not.
+  assert engram["memory_share"] == pytest.approx(tables / engram["sparse"])
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_what_is_sparse_are_unread_experts_and_rows(changes):
+  config = replace(CONFIG, **changes)
+  hashing = counting_hash(config)
+  found = sparsity(config, hashing)
+  counts = count_parameters_by_part(config, hashing)
+  experts = counts["routed_experts"]
+  if config.moe is not None:
+    experts -= experts * config.moe.top_k // config.moe.num_experts
+  entries = counts["tables"]
+  if config.engram is not None:
+    entries -= len(config.engram.layers) * config.engram.memory_width
+  assert found["sparse"] == found["total"] - found["activated"]
+  assert found["sparse"] == experts + entries
+  if found["sparse"]:
+    assert found["rho"] == pytest.approx(experts / found["sparse"])
+    assert found["memory_share"] == pytest.approx(entries / found["sparse"])
+  vocabulary = config.vocab_size * config.hidden_size
+  assert found["total_with_vocabulary"] == found["total"] + vocabulary
+
+
+def test_tables_have_the_sizes_of_the_published_config():
+  """DeepSeek-V4.1's own row counts, from the primes alone."""
+  hashing = counting_hash(preset("v41_memory").model)
+  assert hashing.num_rows == {1: 384_006_168, 14: 384_016_682}
 
 
 def test_what_does_not_fit_together_is_refused():
-  hashing = make_hash(CONFIG)
+  hashing = counting_hash(CONFIG)
   plain = replace(CONFIG, engram=None)
   for config, its_hash, match in (
     (plain, hashing, "hashing: a hash; valid: None"),
@@ -216,28 +229,3 @@ def test_what_does_not_fit_together_is_refused():
   ):
     with pytest.raises(InputError, match=match):
       count_parameters_by_part(config, its_hash)
-  for config, match in (
-    (plain, "engram: None"),
-    (replace(CONFIG, moe=None), "moe: None"),
-  ):
-    with pytest.raises(InputError, match=match):
-      swap_memory_for_experts(config, hashing)
-
-
-def test_the_swap_can_make_the_activated_parameters_equal_too():
-  hashing = make_hash(CONFIG)
-  mine = count_parameters_by_part(CONFIG, hashing)
-  swapped = swap_memory_for_experts(CONFIG, hashing, equal_activated=True)
-  theirs = count_parameters_by_part(swapped, None)
-  # As near as one unit of the dense block's width, and the new experts' router
-  # columns, which every token reads.
-  blocks = sum(CONFIG.is_moe(i) for i in range(CONFIG.num_layers))
-  columns = swapped.moe.num_experts - CONFIG.moe.num_experts
-  unit = 3 * CONFIG.hidden_size
-  slack = unit + blocks * columns * CONFIG.hidden_size
-  assert abs(theirs["activated"] - mine["activated"]) <= slack
-  price = blocks * (3 * CONFIG.moe.expert_size + 1) * CONFIG.hidden_size
-  assert abs(theirs["total"] - mine["total"]) <= price / 2
-  all_moe = replace(CONFIG, num_dense_layers=0)
-  with pytest.raises(InputError, match="num_dense_layers: 0"):
-    swap_memory_for_experts(all_moe, hashing, equal_activated=True)

@@ -3,8 +3,6 @@
 On real programs for eight devices: tests/eight_devices/test_compiled.py.
 """
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +14,12 @@ from engram_jax.analysis.compiled import (
   collectives,
   copies,
   cost,
+  largest_temporaries,
   memory_report,
   of_table,
+  top_operations,
 )
+from engram_jax.analysis.estimates import Rates
 
 
 def entry(*lines):
@@ -40,9 +41,9 @@ GROUPS = 'channel_id=1, replica_groups={{0,1},{2,3}}, metadata={op_name="a(b"}'
 
 
 def summary(text):
-  return [
-    (r.kind, r.dtype, r.shape, r.bytes, r.count) for r in collectives(text)
-  ]
+  records = collectives(text)
+  assert all(r.times == r.count and not r.in_loop for r in records)
+  return [(r.kind, r.dtype, r.shape, r.bytes, r.count) for r in records]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_alike_operations_are_one_record():
   assert collective_bytes([]) == collective_counts([]) == {}
 
 
-def test_marks_what_loops_run():
+def test_counts_what_loops_run():
   def computation(name, line):
     return (
       f"%{name} (p: f32[8,4]) -> f32[8,4] {{\n"
@@ -231,9 +232,14 @@ def test_marks_what_loops_run():
       "ROOT %f = f32[8,4]{1,0} call(%w), to_apply=%free",
     )
   )
-  looped, free = collectives(text)
-  assert (looped.kind, looped.count, looped.in_loop) == ("all-reduce", 2, True)
-  assert (free.kind, free.in_loop) == ("all-to-all", False)
+  looped, skipped, free = collectives(text)
+  assert (looped.kind, looped.count, looped.times) == ("all-reduce", 1, 5)
+  assert looped.in_loop
+  # The other branch of the conditional.
+  assert (skipped.kind, skipped.count, skipped.times) == ("all-reduce", 1, 0)
+  assert (free.kind, free.times, free.in_loop) == ("all-to-all", 1, False)
+  sent = collective_bytes(collectives(text))
+  assert sent == {"all-reduce": 5 * 128, "all-to-all": 128}
 
 
 def test_finds_tables_in_any_shape():
@@ -267,26 +273,73 @@ def test_copies():
   assert collectives(text) == []
 
 
-def fake(analysis, text=""):
-  return SimpleNamespace(
-    cost_analysis=lambda: analysis, as_text=lambda: text, memory_analysis=None
-  )
+RATES = Rates(flops=100.0, bandwidth=10.0, clock=4.0)
 
 
-def test_cost():
-  given = {"flops": 3.0, "bytes accessed": 5.0, "optimal_seconds": 0.25}
-  expected = {"flops": 3.0, "bytes_accessed": 5.0, "optimal_seconds": 0.25}
-  assert cost(fake(given)) == expected
-  assert cost(fake([given])) == expected
-  assert set(cost(fake(None)).values()) == {None}
-  # Each call that XLA has no estimate of takes a second off the sum.
-  calls = (
-    '%a = s32[] custom-call(), custom_call_target="PrepareAsyncCallStart"\n'
-    '%b = token[] custom-call(%a), custom_call_target="PrepareAsyncCallDone"\n'
+def test_cost_and_top_operations():
+  text = (
+    "%body (p: f32[8,4]) -> f32[8,4] {\n"
+    "  %p = f32[8,4]{1,0} parameter(0)\n"
+    "  ROOT %d = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, "
+    'rhs_contracting_dims={1}, metadata={op_name="while/body/dot"}, '
+    'backend_config={"estimated_cycles":"20"}\n}\n\n'
+    "%condition (q: f32[8,4]) -> pred[] {\n"
+    "  ROOT %q = f32[8,4]{1,0} parameter(0)\n}\n\n"
+  ) + entry(
+    X,
+    "%w = f32[8,4]{1,0} while(%x), condition=%condition, body=%body, "
+    'backend_config={"known_trip_count":{"n":"3"}}',
+    f"ROOT %t = f32[8,4]{{1,0}} all-to-all(%w), {GROUPS}",
   )
-  given = {"optimal_seconds": -1.75}
-  assert cost(fake(given, calls))["optimal_seconds"] == 0.25
-  assert cost(fake(given))["optimal_seconds"] is None
+  product, moved = 2 * 8 * 8 * 4, 128 + 128 + 256
+  expected = {
+    "flops": 3 * product,
+    "bytes_accessed": 3 * moved + 256,
+    "optimal_seconds": 3 * moved / 10 + 25.6,
+    "compiler_seconds": 3 * 20 / 4,
+    "unpriced_bytes": 256,
+    "unpriced_share": 256 / (3 * moved + 256),
+    "unpriced_seconds": 25.6,
+    "unknown_loops": 0,
+    "conditionals": 0,
+  }
+  assert cost(text, RATES) == pytest.approx(expected)
+  without = cost(text)
+  seconds = ("optimal_seconds", "compiler_seconds", "unpriced_seconds")
+  assert {without[name] for name in seconds} == {None}
+  first, second = top_operations(text, RATES, count=5)
+  assert first["op_name"] == "while/body/dot"
+  assert (first["times"], first["flops"]) == (3, product)
+  assert first["seconds"] == pytest.approx(3 * moved / 10)
+  assert first["compiler_seconds"] == 15
+  assert (second["name"], second["compiler_seconds"]) == ("t", None)
+  assert len(top_operations(text, RATES, count=1)) == 1
+
+
+REFUSED = """\
+E1122 12:37:21 deepsea_compiler_base.cc:3781] Ran out. Memory usage report:
+
+Memory Space: default (color=0)
+Total bytes: 32051226112 (29.85GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+   11.94GiB(100%);     512B;  12820496384;                1; (f32[4], s32[4])
+    5.97GiB( 50%);    5.97GiB;   6410240000;                3; f32[4], 2×s32[4]
+   11.94GiB(100%);    1.5MiB;            0;                5; 2×s32[40]
+
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+    9.97GiB(100%);    9.97GiB;            0;                3; 3×f32[4000,4000]
+"""
+
+
+def test_what_fills_a_memory_that_is_too_small():
+  assert largest_temporaries(REFUSED) == [
+    {"bytes": round(5.97 * 2**30), "shapes": "f32[4], 2×s32[4]"},
+    {"bytes": 3 * 2**19, "shapes": "2×s32[40]"},
+    {"bytes": 512, "shapes": "(f32[4], s32[4])"},
+  ]
+  assert largest_temporaries("nothing of the kind") == []
 
 
 def test_of_a_real_program():
@@ -300,5 +353,5 @@ def test_of_a_real_program():
   assert report["total"] == size + report["temp"] + report["code"]
   assert report["peak"] >= size
   assert all(type(value) is int for value in report.values())
-  assert cost(compiled)["flops"] > 0
+  assert cost(compiled)["bytes_accessed"] > size
   assert collectives(compiled) == []

@@ -191,11 +191,53 @@ def test_prefill_and_steps_equal_the_sequence(config, dtype):
   assert not np.asarray(cache.latent, np.float32)[:, 9:].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_blocks_equals_at_once(dtype):
+  """A block size changes how it is computed, not what."""
+  x = normal(11, 2, 9, WIDTH)
+  positions = counting(2, 9).at[0].set(jnp.arange(9) % 5)
+  segments = (jnp.arange(9) // 5) * jnp.array([[1], [0]])
+
+  def results(config):
+    layer = make(config, dtype)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(layer, x):
+      y, _ = layer(x, positions=positions, segments=segments)
+      return jnp.mean(y.astype(jnp.float32) ** 2), y
+
+    cache = layer.init_cache(2, 12, dtype)
+    prefill = apply(layer, x, positions=counting(2, 9), cache=cache)
+    return jax.tree.leaves((run(layer, x), prefill))
+
+  tolerance = 2e-5 if dtype == "float32" else 0.1
+  blocks = dataclasses.replace(CONFIG, block_size=4)
+  for found, expected in zip(results(blocks), results(CONFIG), strict=True):
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(
+      np.float32(found), np.float32(expected), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_a_long_prompt_in_blocks_takes_no_square_of_memory():
+  def temporary_bytes(block_size, length):
+    layer = make(dataclasses.replace(CONFIG, block_size=block_size))
+    cache = jax.eval_shape(lambda: layer.init_cache(1, length, "float32"))
+    x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+    lowered = apply.lower(layer, x, positions=counting(1, length), cache=cache)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  sizes = [temporary_bytes(128, length) for length in (1024, 2048)]
+  assert sizes[1] < 2.1 * sizes[0] < temporary_bytes(0, 1024) / 2
+
+
 def test_prompts_of_unequal_length_share_a_batch():
-  layer = make()
+  # The prompts are longer than a block, the steps shorter.
+  layer = make(dataclasses.replace(CONFIG, block_size=2))
   x = normal(4, 3, 8, WIDTH)
   lengths = np.array([5, 2, 3])
-  whole, _ = apply(layer, x, positions=counting(3, 8))
+  whole, _ = apply(make(), x, positions=counting(3, 8))
   # Right-padded: what stands behind a prompt is noise, written to the cache.
   inside = np.arange(5) < lengths[:, None]
   padded = jnp.where(inside[..., None], x[:, :5], 100 * normal(5, 3, 5, WIDTH))

@@ -10,6 +10,7 @@ from engram_jax.backbone.layers import (
   Embedding,
   RMSNorm,
   SwiGLU,
+  logits_of,
   rotary,
   rotary_frequencies,
 )
@@ -66,7 +67,7 @@ def test_embedding_and_tied_head():
   hidden = normal(2, 1, 3, 4)
   expected = float64(hidden) @ table.T
   np.testing.assert_allclose(
-    layer.attend(hidden), expected, rtol=1e-5, atol=1e-6
+    logits_of(hidden, layer.table[...]), expected, rtol=1e-5, atol=1e-6
   )
 
 
@@ -81,7 +82,7 @@ def test_embedding_refuses_ids_outside_the_vocabulary(wrong):
 def test_rotary_turns_half_split_pairs():
   x = normal(3, 2, 5, 3, 8)
   positions = jnp.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 700]])
-  turned = np.asarray(rotary(x, positions, theta=100.0))
+  turned = np.asarray(rotary(x, positions, rotary_frequencies(8, 100.0)))
   for i in range(4):
     angle = float64(positions)[:, :, None] * 100.0 ** (-2 * i / 8)
     pair = float64(x[..., i]) + 1j * float64(x[..., i + 4])
@@ -94,10 +95,11 @@ def test_rotary_turns_half_split_pairs():
 
 def test_rotary_product_depends_on_distance_only():
   query, key = normal(4, 1, 1, 1, 8), normal(5, 1, 1, 1, 8)
+  frequencies = rotary_frequencies(8, 1e4)
 
   def product(p, q):
-    a = rotary(query, jnp.array([[p]]), theta=1e4)
-    return float(jnp.sum(a * rotary(key, jnp.array([[q]]), theta=1e4)))
+    a = rotary(query, jnp.array([[p]]), frequencies)
+    return float(jnp.sum(a * rotary(key, jnp.array([[q]]), frequencies)))
 
   assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
   assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-4)
@@ -106,9 +108,10 @@ def test_rotary_product_depends_on_distance_only():
 def test_rotary_works_in_float32_and_keeps_the_dtype():
   x = normal(6, 1, 2, 1, 4).astype(jnp.bfloat16)
   positions = jnp.array([[1000, 1001]])
-  turned = rotary(x, positions, theta=1e4)
+  frequencies = rotary_frequencies(4, 1e4)
+  turned = rotary(x, positions, frequencies)
   assert turned.dtype == jnp.bfloat16
-  wide = rotary(x.astype(jnp.float32), positions, theta=1e4)
+  wide = rotary(x.astype(jnp.float32), positions, frequencies)
   np.testing.assert_array_equal(turned, wide.astype(jnp.bfloat16))
 
 
@@ -130,7 +133,7 @@ def test_compute_dtype_keeps_float32_parameters(dtype):
   def loss(layers):
     hidden = layers["ffn"](layers["embedding"](jnp.array([[1, 2]])))
     assert hidden.dtype == dtype
-    logits = layers["embedding"].attend(hidden)
+    logits = logits_of(hidden, layers["embedding"].table[...])
     assert logits.dtype == jnp.float32
     return jnp.sum(logits**2)
 
@@ -148,8 +151,7 @@ def test_bad_arguments_are_refused():
     Embedding(4, 8, init_std=0.5, dtype="half", rngs=rngs)
   x = jnp.ones((1, 2, 5))
   ffn = SwiGLU(4, 8, rngs=rngs, **OPTIONS)
-  embedding = Embedding(9, 4, rngs=rngs, **OPTIONS)
-  for call in (RMSNorm(4, eps=1e-6), ffn, embedding.attend):
+  for call in (RMSNorm(4, eps=1e-6), ffn):
     with pytest.raises(
       InputError, match=r"shape: \(1, 2, 5\); valid: \[..., 4\]"
     ):

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.backbone.transformer import Transformer, document_layout
+from engram_jax.backbone.transformer import (
+  Span,
+  Transformer,
+  document_layout,
+  spans,
+)
 from engram_jax.config import (
   AttentionConfig,
   EngramConfig,
@@ -111,10 +116,11 @@ def test_shapes_and_dtypes(output):
     # The axis of the residual streams is there even for one.
     assert gates.shape == (BATCH, LENGTH, 1)
     assert ((gates > 0) & (gates < 1)).all()
-  assert len(output.moe) == 2
-  for metrics in output.moe:
-    assert metrics.load.sum() == BATCH * LENGTH * CONFIG.moe.top_k
-    assert metrics.dropped == 0
+  assert output.moe.load.shape == (2, CONFIG.moe.num_experts)
+  assignments = BATCH * LENGTH * CONFIG.moe.top_k
+  assert output.moe.load.sum(axis=1).tolist() == [assignments] * 2
+  assert output.moe.dropped.tolist() == [0, 0]
+  assert output.moe.balance_loss.shape == (2,)
 
 
 @pytest.mark.parametrize("place", [0, 3, LENGTH - 1])
@@ -177,11 +183,128 @@ def test_document_layout():
   assert segments.tolist() == [[0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 1, 2]]
 
 
+DEEP = dataclasses.replace(
+  CONFIG,
+  num_layers=5,
+  streams=2,
+  engram=dataclasses.replace(MEMORY, layers=(2, 4), streams=2),
+)
+
+
+def test_spans_are_what_lies_between_engram_layers():
+  assert spans(DEEP) == [
+    Span("dense_blocks", 0, 1, None),
+    Span("moe_blocks", 0, 1, None),
+    Span("moe_blocks", 1, 3, 0),
+    Span("moe_blocks", 3, 4, 1),
+  ]
+  first = dataclasses.replace(DEEP.engram, layers=(1, 0))
+  assert spans(dataclasses.replace(DEEP, engram=first)) == [
+    Span("dense_blocks", 0, 1, 1),
+    Span("moe_blocks", 0, 4, 0),
+  ]
+  plain = dataclasses.replace(DEEP, engram=None, moe=None)
+  assert spans(plain) == [Span("dense_blocks", 0, 5, None)]
+
+
+@pytest.fixture(scope="module")
+def deep_gradients():
+  """Of a loss, with everything kept and every block compiled by itself."""
+  return gradients_of(DEEP)
+
+
+def gradients_of(config):
+  """(loss, MoEMetrics, gradients by parameters and rows)."""
+  ids, shape = tokens(), (BATCH, LENGTH, 4, 4)
+  rows = {i: jax.random.normal(jax.random.key(i), shape) for i in (2, 4)}
+  graph, params, rest = nnx.split(make(config), nnx.Param, ...)
+
+  @jax.jit
+  def of(params, rows):
+    def loss(params, rows):
+      out = nnx.merge(graph, params, rest)(ids, rows)
+      picked = jax.nn.log_softmax(out.logits)[..., 5]
+      return jnp.sum(out.moe.balance_loss) - jnp.mean(picked), out.moe
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, rows)
+
+  (loss, metrics), gradients = of(params, rows)
+  return loss, metrics, gradients
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_one_function_however_it_is_compiled(deep_gradients, scan, remat):
+  config = dataclasses.replace(DEEP, scan_blocks=scan, remat=remat)
+  found = gradients_of(config)
+  assert jax.tree.structure(found) == jax.tree.structure(deep_gradients)
+  for mine, its in zip(jax.tree.leaves(found), jax.tree.leaves(deep_gradients)):
+    size = float(jnp.abs(its).max())
+    np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_less_is_kept_for_the_gradient(remat):
+  """Bytes of the residuals between forward and backward pass."""
+
+  def kept(remat):
+    config = dataclasses.replace(DEEP, remat=remat, engram=None)
+    graph, params, rest = nnx.split(make(config), nnx.Param, ...)
+
+    def loss(params):
+      return jnp.sum(nnx.merge(graph, params, rest)(tokens(), None).hidden)
+
+    _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+  assert kept(remat) < 0.8 * kept("none")
+  assert kept("block") <= kept(remat)
+
+
+def test_streams_start_as_a_plain_residual():
+  """With mixing that ignores its input, G streams are one stream G times."""
+  config = dataclasses.replace(DEEP, engram=None)
+  new = Transformer(config, rngs=nnx.Rngs(params=1))
+  started = dict(nnx.to_flat_state(nnx.state(new)))
+  loud = dict(nnx.to_flat_state(nnx.state(make(config))))
+
+  def is_mixing(path):
+    return any(str(part).endswith("_streams") for part in path)
+
+  def with_mixing(change):
+    flat = {p: change(p, started[p]) if is_mixing(p) else loud[p] for p in loud}
+    return nnx.merge(nnx.graphdef(new), nnx.from_flat_state(flat))
+
+  def silenced(path, leaf):
+    return leaf.replace(0 * leaf[...]) if path[-1] == "scale" else leaf
+
+  graph, _ = shapes_of(dataclasses.replace(config, streams=1))
+  rest = {path: leaf for path, leaf in loud.items() if not is_mixing(path)}
+  plain = nnx.merge(graph, nnx.from_flat_state(rest))
+  expected = forward(plain, tokens(), None).logits
+  found = forward(with_mixing(silenced), tokens(), None).logits
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  # As it starts it is near to that, and not the same.
+  near = forward(with_mixing(lambda _, leaf: leaf), tokens(), None).logits
+  error = jnp.abs(near - expected)
+  assert 0 < error.mean() < 0.1 * jnp.std(expected)
+
+
+def test_logits_are_made_of_what_is_returned(tables, output):
+  out = make()(tokens(), read(tables, tokens()), dispatch="dropless")
+  rows = read(tables, tokens())
+  without = make()(tokens(), rows, dispatch="dropless", logits=False)
+  assert without.logits is None
+  np.testing.assert_array_equal(without.hidden, out.hidden)
+  found = out.hidden @ make().output_matrix().T
+  np.testing.assert_allclose(found, output.logits, rtol=1e-5, atol=1e-5)
+
+
 def test_memory_off_is_the_model_without_it(tables, output):
   config = dataclasses.replace(CONFIG, engram=None)
   graph, _ = shapes_of(config)
   paths = nnx.to_flat_state(nnx.state(make()))
-  kept = [(path, leaf) for path, leaf in paths if "engram" not in path]
+  kept = [(path, leaf) for path, leaf in paths if "engrams" not in path]
   assert len(kept) < len(list(paths))
   plain = nnx.merge(graph, nnx.from_flat_state(kept))
   expected = forward(plain, tokens(), None)
@@ -199,10 +322,10 @@ def test_a_head_of_its_own(tables, output):
   tied, config = make(), dataclasses.replace(CONFIG, tie_embeddings=False)
   assert tied.head is None
   graph, state = nnx.split(make(config))
-  assert state["head"].shape == (WIDTH, VOCAB)
+  assert state["head"].shape == (VOCAB, WIDTH)
   # With the tied model's arrays, and its embedding as head.
   flat = dict(nnx.to_flat_state(nnx.state(tied)))
-  flat["head",] = nnx.Param(tied.embedding.table[...].T)
+  flat["head",] = nnx.Param(tied.embedding.table[...])
   same = nnx.merge(graph, nnx.from_flat_state(flat))
   found = forward(same, tokens(), read(tables, tokens())).logits
   np.testing.assert_allclose(found, output.logits, rtol=1e-5, atol=1e-5)

@@ -98,7 +98,7 @@ def test_counts_and_loops(mesh):
   records = collectives(compiled(mesh, body))
   assert sorted(r.in_loop for r in records) == [False, True]
   assert collective_counts(records) == {"all-reduce": 2}
-  assert collective_bytes(records) == {"all-reduce": 2 * PART}
+  assert collective_bytes(records) == {"all-reduce": (3 + 1) * PART}
 
 
 def test_memory_is_per_device(mesh):

@@ -69,11 +69,26 @@ TRAIN = TrainConfig(
 )
 
 
-def make_program(shape=None, *, dispatch="dropless", engram=None, **train):
+#: As the models of the paper's size are trained.
+LARGE = dataclasses.replace(
+  MODEL,
+  num_layers=5,
+  streams=2,
+  scan_blocks=True,
+  remat="block",
+  attention=dataclasses.replace(MODEL.attention, block_size=4),
+  engram=dataclasses.replace(MODEL.engram, layers=(1, 3), streams=2),
+)
+LARGE_TRAIN = dict(optimizer="muon", loss_chunk=8)
+
+
+def make_program(
+  shape=None, *, model=MODEL, dispatch="dropless", engram=None, **train
+):
   """A program for a mesh of this shape; on one device without."""
   moe = dataclasses.replace(MODEL.moe, dispatch=dispatch)
-  engram = engram or MODEL.engram
-  model = dataclasses.replace(MODEL, moe=moe, engram=engram)
+  engram = engram or model.engram
+  model = dataclasses.replace(model, moe=moe, engram=engram)
   # So few ids would go by `gather`.
   shape = shape and MeshConfig(*shape, lookup="exchange")
   config = shape or MeshConfig()
@@ -155,15 +170,17 @@ def compiled_step(program, capacity):
 
 
 @functools.cache
-def reference():
-  return run(make_program())
+def reference(model):
+  return run(make_program(model=model, **TRAINING[model]))
 
 
 CASES = {
   "data": dict(shape=(8, 1, 1), lookup_capacity=0.01),
   "data and experts": dict(shape=(4, 2, 1), dispatch="bucketed"),
   "all axes, accumulated": dict(shape=(2, 2, 2), accumulation=2),
+  "large, with replicas": dict(shape=(2, 1, 2, 2), model=LARGE, **LARGE_TRAIN),
 }
+TRAINING = {MODEL: {}, LARGE: LARGE_TRAIN}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,7 +191,8 @@ def test_every_parameter_and_every_row(case):
   lookup = dataclasses.replace(program.mesh_config, lookup_capacity=factor)
   program = dataclasses.replace(program, mesh_config=lookup)
   found, metrics, evaluation, grown = run(program)
-  wanted, its_metrics, its_evaluation, _ = reference()
+  model = options.get("model", MODEL)
+  wanted, its_metrics, its_evaluation, _ = reference(model)
   if factor < 1:
     assert grown > 0
   assert set(found) == set(wanted)
@@ -183,9 +201,11 @@ def test_every_parameter_and_every_row(case):
     if padded.shape != value.shape:
       padded, rest = np.split(padded, [value.shape[0]])
       assert not rest.any(), name
-    # Adam divides by the root of tiny squares in the first steps.
+    # Adam divides by the root of tiny squares in the first steps: of the rates
+    # of 1e-2, and 5e-2 of the tables, some digits are left.
+    atol = 2e-5 if model is MODEL else 2e-4
     np.testing.assert_allclose(
-      padded, value, rtol=2e-4, atol=2e-5, err_msg=name
+      padded, value, rtol=2e-4, atol=atol, err_msg=name
     )
   for mine, its in zip(metrics, its_metrics, strict=True):
     assert set(its) <= set(mine)
@@ -251,8 +271,10 @@ def test_nothing_sent_is_as_large_as_a_table():
   whole = BATCH * LENGTH * program.hashing.columns * width
   for record in found:
     assert math.prod(record.shape) < whole, record
-  gathered = [x for x in found if x.kind == "all-gather"]
-  assert all(math.prod(x.shape) <= BATCH * LENGTH for x in gathered), gathered
+  # What is gathered are ids, and parameters to compute with.
+  for record in found:
+    if record.kind == "all-gather" and record.dtype == "s32":
+      assert math.prod(record.shape) <= BATCH * LENGTH, record
 
 
 def test_tables_are_written_in_place():

@@ -241,8 +241,8 @@ OPTIMIZERS = {
   "sinkhorn": sinkhorn(),
   "dense_sinkhorn": dense_sinkhorn(),
 }
-mesh = jax.make_mesh((4, 2, 1), sharding.AXES,
-                     axis_types=(jax.sharding.AxisType.Auto,) * 3)
+mesh = jax.make_mesh((1, 4, 2, 1), sharding.AXES,
+                     axis_types=(jax.sharding.AxisType.Auto,) * 4)
 rng = np.random.default_rng(0)
 table = rng.normal(size=(80, 5)).astype(np.float32)
 batches = []

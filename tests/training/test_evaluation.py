@@ -13,8 +13,8 @@ from engram_jax.training.evaluation import (
   make_eval_step,
   mean_loss,
 )
+from engram_jax.training.losses import cross_entropy
 from engram_jax.training.state import flatten
-from engram_jax.training.step import cross_entropy
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,18 @@ def test_every_matrix_and_nothing_else_decays(tiny):
   assert mask.keys() == flatten(params).keys()
   spared = {name for name, decays in mask.items() if not decays}
   assert spared == {
-    "blocks/0/attention/kv_norm/scale",
-    "blocks/0/attention_norm/scale",
-    "blocks/0/engram/conv_scale",
-    "blocks/0/engram/key_bias",
-    "blocks/0/engram/key_scale",
-    "blocks/0/engram/query_scale",
-    "blocks/0/engram/value_bias",
-    "blocks/0/ffn_norm/scale",
+    "moe_blocks/attention/kv_norm/scale",
+    "moe_blocks/attention_norm/scale",
+    "engrams/0/conv_scale",
+    "engrams/0/projection_bias",
+    "engrams/0/key_scale",
+    "engrams/0/query_scale",
+    "moe_blocks/ffn_norm/scale",
     "norm/scale",
   }
-  for name in ("engram/conv_kernel", "engram/key_kernel", "ffn/router"):
-    assert mask[f"blocks/0/{name}"]
-  assert mask["embedding/table"]
+  for name in ("conv_kernel", "projection"):
+    assert mask[f"engrams/0/{name}"]
+  assert mask["moe_blocks/ffn/router"] and mask["embedding/table"]
 
 
 def test_adamw_for_a_learning_rate_of_one():

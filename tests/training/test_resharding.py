@@ -41,9 +41,10 @@ OPTIMIZERS = {1: lazy_adam(bias_correction="row"),
               3: dense_adam(), 14: lazy_adam(bias_correction="global")}
 
 def build(devices):
-  params = nnx.State({"blocks": {0: {"ffn": {
-    "gate": nnx.Param(jnp.zeros((6, 5, 4))), "down": nnx.Param(jnp.zeros(7))
-  }}}})
+  params = nnx.State({"moe_blocks": {"ffn": {
+    "gate": nnx.Param(jnp.zeros((2, 6, 5, 4))),
+    "router": nnx.Param(jnp.zeros(7))
+  }}})
   tables = {
     i: jnp.zeros((padded_rows(r, devices), 8), "bfloat16" if i == 14 else None)
     for i, r in ROWS.items()}

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax.config_dicts import to_dict
+from engram_jax.training.checkpoints import check_constants
 from engram_jax.training.state import (
   abstract_model,
   count_parameters,
@@ -70,7 +72,7 @@ def test_the_key_decides(state, tiny):
 def test_with_and_without_memory_start_alike(state, make_tiny):
   plain = flatten(initial(make_tiny(memory=False)).params)
   with_memory = flatten(state.params)
-  rest = {n: x for n, x in with_memory.items() if "/engram/" not in n}
+  rest = {n: x for n, x in with_memory.items() if not n.startswith("engrams/")}
   assert plain.keys() == rest.keys()
   differing = [n for n in plain if not np.array_equal(plain[n], rest[n])]
   assert differing == []
@@ -81,14 +83,14 @@ def test_names_are_those_of_the_model(state):
   # One name for each leaf: none hides another.
   assert len(leaves) == len(jax.tree.leaves(state))
   expected = """
-    balance/blocks/0/ffn/bias
+    balance/moe_blocks/ffn/bias
     opt_state/0/count
-    opt_state/0/mu/blocks/0/engram/key_kernel
+    opt_state/0/mu/engrams/0/projection
     opt_state/0/nu/embedding/table
-    params/blocks/0/attention/kv_norm/scale
-    params/blocks/0/engram/key_kernel
-    params/blocks/0/ffn/shared/gate
     params/embedding/table
+    params/engrams/0/projection
+    params/moe_blocks/attention/kv_norm/scale
+    params/moe_blocks/ffn/shared/gate
     params/norm/scale
     step
     table_states/0/mean
@@ -98,11 +100,31 @@ def test_names_are_those_of_the_model(state):
   assert not any("value" in name.split("/") for name in leaves)
 
 
-def test_many_blocks_keep_their_order(tiny):
-  # By number, not by text: block 10 comes after block 9, as in the metrics.
-  config = dataclasses.replace(tiny.program.model, num_layers=12, engram=None)
-  _, _, balance = abstract_model(config)
-  assert list(flatten(balance)) == [f"blocks/{i}/ffn/bias" for i in range(12)]
+def test_no_name_tells_where_the_memory_sits(tiny):
+  # Nor does a shape: a checkpoint can be read with the Engram layers moved.
+  found = []
+  for layers in ((0, 3), (2, 1)):
+    model = tiny.program.model
+    engram = dataclasses.replace(model.engram, layers=layers)
+    config = dataclasses.replace(model, num_layers=12, engram=engram)
+    _, params, balance = abstract_model(config)
+    assert flatten(balance)["moe_blocks/ffn/bias"].shape == (12, 4)
+    found.append({name: x.shape for name, x in flatten(params).items()})
+  assert found[0] == found[1]
+
+
+def test_how_blocks_are_compiled_is_not_in_the_state(tiny, state):
+  # So one run's checkpoints serve however it is continued.
+  model = dataclasses.replace(
+    tiny.program.model, scan_blocks=True, remat="block"
+  )
+  _, params, balance = abstract_model(model)
+  for mine, its in ((params, state.params), (balance, state.balance)):
+    mine, its = flatten(mine), flatten(its)
+    assert list(mine) == list(its)
+    assert all(mine[name].shape == its[name].shape for name in its)
+  before = {"config": {"model": to_dict(tiny.program.model)}}
+  check_constants(before, {"config": {"model": to_dict(model)}})
 
 
 def test_unflatten_takes_flatten_back(state, tiny):

@@ -1,0 +1,45 @@
+"""Any preset as a config: `--config=experiments/configs/preset.py:NAME`.
+
+  python -m experiments.pretrain --workdir=runs/small \
+    --config=experiments/configs/preset.py:small
+
+The names are those of `engram_jax/presets.py`. The text is the Python standard
+library's sources unless `--config.data.folder` says otherwise, and a tokenizer
+of the model's vocabulary is trained on it: for the published models' 129,280
+tokens that is a stand-in, and wants more text.
+"""
+
+import ml_collections
+
+from engram_jax.errors import InputError
+from engram_jax.presets import preset
+from engram_jax.run_config import DataConfig, ExperimentConfig
+from experiments.cli import as_config_dict
+
+
+def experiment_of(name: str) -> ExperimentConfig:
+  """The preset's run on the default text, frozen.
+
+  Raises:
+    InputError: no such preset.
+  """
+  found = preset(name)
+  return ExperimentConfig(
+    model=found.model,
+    data=DataConfig(vocab_size=found.model.vocab_size),
+    train=found.train,
+    mesh=found.mesh,
+  )
+
+
+def get_config(name: str = "") -> ml_collections.ConfigDict:
+  """What `--config` reads; `name` is what follows the colon.
+
+  Raises:
+    KeyError: no such preset. The flag's parser would wrap a ValueError in a
+      traceback; of this `experiments/cli.py` makes one line.
+  """
+  try:
+    return as_config_dict(experiment_of(name))
+  except InputError as error:
+    raise KeyError(str(error)) from None
