@@ -256,6 +256,7 @@ def compile_step(
   seconds = time.perf_counter() - start
   listing = executable.as_text()
   sent, rates = analysis.collectives(listing), RATES.get(generation)
+  turns = attention_turns(config)
 
   def of_tables(records):
     tables = [table.shape for table in state.tables.values()]
@@ -272,9 +273,10 @@ def compile_step(
     "fits": True,
     "compile_seconds": seconds,
     "memory": analysis.memory_report(executable),
-    "cost": analysis.cost(listing, rates),
+    "cost": analysis.cost(listing, rates, unknown_turns=turns),
+    "unknown_turns": turns,
     "top_operations": rates
-    and analysis.top_operations(listing, rates, count=TOP),
+    and analysis.top_operations(listing, rates, count=TOP, unknown_turns=turns),
     "collectives": {
       "bytes": analysis.collective_bytes(sent),
       "operations": analysis.collective_counts(sent),
@@ -285,6 +287,18 @@ def compile_step(
     },
     "copies_of_tables": of_tables(analysis.copies(listing)),
   }
+
+
+def attention_turns(config: ExperimentConfig) -> int:
+  """Blocks of keys that a block of queries sees, in the mean, rounded up.
+
+  How often the loops turn whose end depends on the data: attention's alone.
+  """
+  block = config.model.attention.block_size
+  if not block:
+    return 1
+  blocks = -(-config.train.seq_len // block)
+  return (blocks + 2) // 2
 
 
 def _named(record: analysis.Movement) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def _verdict(
     )
   if cost["unknown_loops"]:
     yield (
-      f"  {cost['unknown_loops']} loops counted once: nothing says how often "
-      "they turn, and all figures are lower bounds"
+      f"  {cost['unknown_loops']} loops end where the data say: they count "
+      f"{program['unknown_turns']} times, attention's mean over its blocks"
     )
   if cost["conditionals"]:
     yield (

@@ -64,13 +64,17 @@ def memory_report(compiled: Any) -> dict[str, int]:
 
 
 def cost(
-  program: Any, rates: estimates.Rates | None = None
+  program: Any,
+  rates: estimates.Rates | None = None,
+  *,
+  unknown_turns: int = 1,
 ) -> dict[str, float | int | None]:
   """What the program costs on one device, loops included.
 
   Args:
     program: a `jax.stages.Compiled`, or its `as_text()`.
     rates: of the device; None leaves out the seconds.
+    unknown_turns: how often a loop turns where the text does not tell.
 
   Returns:
     `flops`, of dots and convolutions; `bytes_accessed`; `optimal_seconds`, the
@@ -79,12 +83,11 @@ def cost(
     (`estimates` says what either is not). The second leaves out operations
     without cycles: `unpriced_bytes` is what these move,
     `unpriced_seconds` how long that takes at the peak, and `unpriced_share` is
-    of all bytes. `unknown_loops` counts loops taken once because nobody knows
-    how often they turn, `conditionals` those of which the larger branch counts.
+    of all bytes. `unknown_loops` counts loops of `unknown_turns`, `conditionals` those of which the larger branch counts.
     The seconds are None without `rates`, and `compiler_seconds` where XLA says
     no cycles, as on CPUs.
   """
-  work = estimates.work(_text(program))
+  work = estimates.work(_text(program), unknown_turns)
   every = work.operations
   unpriced = [o for o in every if o.cycles is None]
   cycles = sum(o.times * o.cycles for o in every if o.cycles is not None)
@@ -104,7 +107,7 @@ def cost(
 
 
 def top_operations(
-  program: Any, rates: estimates.Rates, *, count: int
+  program: Any, rates: estimates.Rates, *, count: int, unknown_turns: int = 1
 ) -> list[dict[str, Any]]:
   """The operations that take most of the time, the greatest first.
 
@@ -112,6 +115,7 @@ def top_operations(
     program: a `jax.stages.Compiled`, or its `as_text()`.
     rates: of the device.
     count: at most so many.
+    unknown_turns: as for `cost`.
 
   Returns:
     Per operation the fields of `estimates.Operation`, `seconds` of all its
@@ -126,7 +130,7 @@ def top_operations(
       "compiler_seconds": cycles and operation.times * cycles / rates.clock,
     }
 
-  every = estimates.work(_text(program)).operations
+  every = estimates.work(_text(program), unknown_turns).operations
   every = sorted(every, key=lambda o: -o.seconds(rates))
   return [described(operation) for operation in every[:count]]
 

@@ -109,11 +109,11 @@ class Work(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # several questions about one long text
-def work(text: str) -> Work:
-  """Reads what a program does from its `as_text()`."""
+def work(text: str, unknown_turns: int = 1) -> Work:
+  """Reads what a program does from its `as_text()`; see `hlo.executions`."""
   program = hlo.parse(text)
   inside = _Reader(program)
-  found = hlo.executions(program, inside.own_cost)
+  found = hlo.executions(program, inside.own_cost, unknown_turns=unknown_turns)
   operations = []
   for name, times in found.times.items():
     if not times or name in inside.fused:
@@ -122,7 +122,6 @@ def work(text: str) -> Work:
     for instruction in computation.values():
       if _runs(instruction):
         op_name = _OP_NAME.search(instruction.attributes)
-        cycles = _CYCLES.search(instruction.attributes)
         operations.append(
           Operation(
             name=instruction.name,
@@ -131,7 +130,7 @@ def work(text: str) -> Work:
             times=times,
             flops=inside.flops(instruction, computation),
             bytes=inside.bytes(instruction, computation),
-            cycles=int(cycles.group(1)) if cycles else None,
+            cycles=_cycles(instruction),
           )
         )
   return Work(
@@ -145,6 +144,17 @@ def work(text: str) -> Work:
 
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+#: What XLA writes for more cycles than it can count, or for none that it knows.
+_NO_CYCLES = 2**63 - 1
+
+
+def _cycles(instruction: hlo.Instruction) -> int | None:
+  found = _CYCLES.search(instruction.attributes)
+  if found is None or int(found.group(1)) >= _NO_CYCLES:
+    return None
+  return int(found.group(1))
+
+
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _DIMS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 _BATCH_GROUPS = re.compile(r"\bbatch_group_count=(\d+)")

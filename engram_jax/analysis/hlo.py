@@ -212,7 +212,10 @@ _DIRECTION = re.compile(r"\bdirection=(\w+)")
 
 
 def executions(
-  program: Program, cost: Callable[[str], tuple[int, int]]
+  program: Program,
+  cost: Callable[[str], tuple[int, int]],
+  *,
+  unknown_turns: int = 1,
 ) -> Executions:
   """How often each computation runs.
 
@@ -220,6 +223,7 @@ def executions(
     program: from `parse`.
     cost: FLOPs and bytes of the computation of this name, with nothing that it
       calls; of two branches the one with more, calls included, counts.
+    unknown_turns: how often a loop turns where the text does not tell.
   """
   called: dict[str, list[tuple[str, int, bool]]] = {}
   totals: dict[str, tuple[int, int]] = {}
@@ -239,7 +243,7 @@ def executions(
         turns = trip_count(instruction, name, program)
         if turns is None:
           unknown.append(instruction.name)
-        turns = 1 if turns is None else turns
+        turns = unknown_turns if turns is None else turns
         calls += [(part, turns, False) for part in parts.values()]
       elif instruction.opcode == "conditional":
         conditionals += 1
