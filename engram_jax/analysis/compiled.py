@@ -81,11 +81,11 @@ def cost(
     sum over operations of their time at the device's peak rates, and
     `compiler_seconds`, that of the cycles by which XLA:TPU compiled them
     (`estimates` says what either is not). The second leaves out operations
-    without cycles: `unpriced_bytes` is what these move,
-    `unpriced_seconds` how long that takes at the peak, and `unpriced_share` is
-    of all bytes. `unknown_loops` counts loops of `unknown_turns`, `conditionals` those of which the larger branch counts.
-    The seconds are None without `rates`, and `compiler_seconds` where XLA says
-    no cycles, as on CPUs.
+    without cycles: `unpriced_bytes` is what these move, `unpriced_seconds` how
+    long that takes at the peak, and `unpriced_share` is of all bytes.
+    `unknown_loops` is how many loops took `unknown_turns`, `conditionals` how
+    many counted by their larger branch. The seconds are None without `rates`,
+    and `compiler_seconds` where XLA says no cycles, as on CPUs.
   """
   work = estimates.work(_text(program), unknown_turns)
   every = work.operations

@@ -41,8 +41,9 @@ class RowGradients(NamedTuple):
   """Gradients of distinct rows of one table.
 
   Attributes:
-    row_ids: int32 [U], distinct. Entries >= R are padding: their values are 0
-      and updates drop them.
+    row_ids: int32 [U], distinct and ascending: XLA:TPU sorts ids that are not
+      promised to be sorted, before it reads and writes rows. Entries >= R are
+      padding: their values are 0 and updates drop them.
     values: float32 [U, d].
   """
 
@@ -109,8 +110,10 @@ def squared_norm(gradients: RowGradients) -> Float[Array, ""]:
 def read_rows(
   array: Shaped[Array, "R *d"], row_ids: Int[Array, "U"]
 ) -> Shaped[Array, "U *d"]:
-  """Rows of `array` by distinct ids; zeros for padding (ids >= R)."""
-  return array.at[row_ids].get(mode="fill", fill_value=0, unique_indices=True)
+  """Rows of `array` by ascending ids; zeros for padding (ids >= R)."""
+  return array.at[row_ids].get(
+    mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+  )
 
 
 def write_rows(
@@ -118,9 +121,11 @@ def write_rows(
   row_ids: Int[Array, "U"],
   rows: Shaped[Array, "U *d"],
 ) -> Shaped[Array, "R *d"]:
-  """`array`, of its own dtype, with `rows` at distinct ids; drops padding."""
+  """`array`, of its own dtype, with `rows` at ascending ids; drops padding."""
   rows = rows.astype(array.dtype)
-  return array.at[row_ids].set(rows, mode="drop", unique_indices=True)
+  return array.at[row_ids].set(
+    rows, mode="drop", unique_indices=True, indices_are_sorted=True
+  )
 
 
 def move_rows(

@@ -314,3 +314,10 @@ def test_refusals():
     sum_duplicates(
       jnp.zeros(4, jnp.int32), jnp.zeros((4, 1)), num_rows=2**31 - 2
     )
+
+
+def test_row_ids_ascend_padding_included():
+  # What reading and writing rows promise XLA. Ids R are another device's.
+  ids = jnp.array([7, 3, 9, 3, 9, 9, 0, 7], jnp.int32)
+  found = sum_duplicates(ids, jnp.ones((8, WIDTH)), num_rows=9).row_ids
+  assert (jnp.diff(found) > 0).all(), found
