@@ -45,13 +45,13 @@ from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.presets import preset
-from engram_jax.run_config import DataConfig, ExperimentConfig, MeshConfig
+from engram_jax.run_config import ExperimentConfig, MeshConfig
 from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten
 from engram_jax.training.step import make_train_step
 from experiments import cli, pod_report
+from experiments.configs.preset import chosen, experiment_of
 from experiments.results import write_result
 
 _CONFIG = cli.define_config()
@@ -333,13 +333,6 @@ def _first_line(error: Exception) -> str:
 # --- the programs ---
 
 
-def experiment(name: str) -> ExperimentConfig:
-  """The run of a preset."""
-  found = preset(name)
-  data = DataConfig(vocab_size=found.model.vocab_size)
-  return ExperimentConfig(found.model, data, found.train, found.mesh)
-
-
 def with_batch(
   config: ExperimentConfig,
   devices: int,
@@ -380,7 +373,7 @@ def compared_with(
   """The run, and that of a preset at the same batch."""
   valid = "another model than the first"
   require(name != other, "compare_with", other, valid)
-  second = experiment(other)
+  second = experiment_of(other)
   same = ("batch_size", "seq_len", "accumulation")
   batch = {field: getattr(config.train, field) for field in same}
   train = dataclasses.replace(second.train, **batch)
@@ -425,13 +418,11 @@ def main(argv: Sequence[str]) -> None:
     # The device compiled for is not one that runs here.
     jax.config.update("jax_platforms", "cpu")
   config, name = _CONFIG.value, _PRESET.value
-  valid = "exactly one of --config and --preset"
-  require((config is None) != (name is None), "config", name, valid)
   valid = "one of --compare_with and --without_memory, or neither"
   both = _WITHOUT.value and _COMPARE.value
   require(not both, "compare_with", _COMPARE.value, valid)
   devices = devices_of(_TOPOLOGY.value)
-  config = experiment(name) if name else cli.frozen(config)
+  config = chosen(name, config)
   config = with_batch(
     config,
     len(devices),

@@ -79,6 +79,7 @@ FREE_FIELDS = frozenset(
     "train.loss_chunk",
     # Another mesh sums in another order, and where experts are full it drops
     # other tokens: the same run, but not bit for bit.
+    "mesh.replica",
     "mesh.data",
     "mesh.expert",
     "mesh.tensor",

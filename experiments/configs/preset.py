@@ -11,10 +11,10 @@ tokens that is a stand-in, and wants more text.
 
 import ml_collections
 
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, require
 from engram_jax.presets import preset
 from engram_jax.run_config import DataConfig, ExperimentConfig
-from experiments.cli import as_config_dict
+from experiments.cli import as_config_dict, frozen
 
 
 def experiment_of(name: str) -> ExperimentConfig:
@@ -30,6 +30,21 @@ def experiment_of(name: str) -> ExperimentConfig:
     train=found.train,
     mesh=found.mesh,
   )
+
+
+def chosen(
+  name: str | None, config: ml_collections.ConfigDict | None
+) -> ExperimentConfig:
+  """What a program with `--preset` and `--config` is to take.
+
+  Raises:
+    InputError: none or both are given, or what is given does not fit.
+  """
+  given = config is not None
+  valid = "either --preset=NAME or --config=FILE.py"
+  both = "both" if given else "neither"
+  require(bool(name) != given, "preset, config", both, valid)
+  return frozen(config) if given else experiment_of(name)
 
 
 def get_config(name: str = "") -> ml_collections.ConfigDict:

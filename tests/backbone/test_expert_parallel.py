@@ -4,6 +4,7 @@ The tests that need devices run in a process of their own that simulates them:
 `test_on_eight_simulated_devices` starts it on this file, once for all meshes.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -202,9 +203,14 @@ class TestOnEightDevices:
     assert_trees_close(found, alone(make(), tokens()))
 
   @pytest.mark.parametrize("shape", MESHES)
-  def test_nothing_is_gathered_to_be_bucketed(self, shape):
+  def test_no_token_is_gathered_to_be_bucketed(self, shape):
     compiled = compiled_for(shape, "bucketed")
-    assert collectives(compiled, "all-gather") == []
+    _, experts, tensor = shape
+    # The experts' matrices, whole and in equal parts, and nothing else.
+    whole = EXPERTS // experts * WIDTH * FFN // tensor
+    gathered = collectives(compiled, "all-gather")
+    sizes = {math.prod(dimensions) for _, dimensions in gathered}
+    assert all(whole % size == 0 for size in sizes), sizes
     assert bool(collectives(compiled, "all-to-all")) == (shape[1] > 1)
 
   def test_the_search_finds_what_dropless_gathers(self):
@@ -249,10 +255,12 @@ def for_mesh(trace, shape):
 def test_gradients_of_weights_are_summed_in_float32():
   trace = for_mesh(jax.make_jaxpr(loss_of("bucketed")), (2, 2, 1))
   jaxpr = trace(make(dtype="bfloat16"), tokens())
-  sums = re.findall(r":(\w+)\[([\d,]*)\]\S* = psum\w*\[", str(jaxpr))
-  shape = (EXPERTS // 2, WIDTH, FFN)
-  kinds = {kind for kind, dims in sums if dims == ",".join(map(str, shape))}
-  assert kinds == {"f32"}
+  found = r":(\w+)\[([\d,]*)\]\S* = reduce_scatter\["
+  sums = re.findall(found, str(jaxpr))
+  # Each device keeps its part along `data`.
+  for shape in (EXPERTS // 2, WIDTH // 2, FFN), (EXPERTS // 2, FFN // 2, WIDTH):
+    kinds = {kind for kind, dims in sums if dims == ",".join(map(str, shape))}
+    assert kinds == {"f32"}
 
 
 def test_no_mesh_no_parallel_experts():

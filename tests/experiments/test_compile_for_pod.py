@@ -13,6 +13,7 @@ import pytest
 from engram_jax.errors import InputError
 from engram_jax.run_config import MeshConfig
 from experiments import compile_for_pod, pod_report
+from experiments.configs.preset import experiment_of
 
 SIZES = (
   "--config.train.batch_size=8",
@@ -124,7 +125,7 @@ def test_takes_a_config_or_a_preset(program):
 
 
 def test_a_preset_with_another_batch():
-  config = compile_for_pod.experiment("engram_27b")
+  config = experiment_of("engram_27b")
   assert config.data.vocab_size == config.model.vocab_size
   accumulated = dataclasses.replace(config.train, batch_size=64, accumulation=4)
   config = dataclasses.replace(config, train=accumulated)
@@ -143,7 +144,7 @@ def test_a_preset_with_another_batch():
 
 
 def test_compares_two_presets_at_the_same_batch():
-  config = compile_for_pod.experiment("engram_27b")
+  config = experiment_of("engram_27b")
   config = compile_for_pod.with_batch(config, 8, per_chip=2)
   both = compile_for_pod.compared_with(config, "engram_27b", "moe_27b")
   assert list(both) == ["engram_27b", "moe_27b"]
@@ -158,7 +159,7 @@ def test_compares_two_presets_at_the_same_batch():
 
 
 def test_without_memory_needs_one():
-  config = compile_for_pod.experiment("moe_27b")
+  config = experiment_of("moe_27b")
   with pytest.raises(InputError, match=r"^model.engram: None; valid: a memory"):
     compile_for_pod.without_memory(config)
 

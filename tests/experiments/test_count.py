@@ -8,8 +8,8 @@ from engram_jax.analysis.accounting import PARTS
 from engram_jax.errors import InputError
 from engram_jax.presets import preset
 from experiments.cli import as_config_dict
-from experiments.configs.preset import experiment_of
-from experiments.count import chosen, count, report
+from experiments.configs.preset import chosen, experiment_of
+from experiments.count_report import count, report
 
 
 def test_a_preset_is_counted_and_written(program, tmp_path):
