@@ -21,9 +21,10 @@ from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import retrieve
 from engram_jax.memory.row_optimizers import sum_duplicates
 from engram_jax.run_config import MeshConfig, TrainConfig
+from engram_jax.training.losses import cross_entropy
 from engram_jax.training.program import Program
 from engram_jax.training.state import TrainState, abstract_model, init_state
-from engram_jax.training.step import cross_entropy, make_train_step
+from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness
 
 LAYER = 1
