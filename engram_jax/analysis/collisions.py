@@ -12,11 +12,11 @@ A cache that keeps the `size` ids used last (LRU) hits at access i if and only
 if fewer than `size` others were used since the last access p of the same id.
 With prev[j] the last access before j of j's id (-1: none), that number is
 
-  d_i = #{p < j < i: prev[j] < p} = #{j < i: prev[j] < p} - p       (Mattson)
+  d_i = #{p < j < i: prev[j] < p} = #{j < i: prev[j] < p} - (p + 1)   (Mattson)
 
-so one count per access gives the hit rates of all sizes at once. The counts
-are those of smaller elements to the left, taken bit by bit from the highest:
-O(n log n) in whole arrays.
+as the p + 1 accesses up to p all count. So one count per access gives the hit
+rates of all sizes at once: of smaller elements to the left, taken bit by bit
+from the highest, O(n log n) in whole arrays.
 """
 
 import heapq
@@ -27,6 +27,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from engram_jax.errors import require
+
+#: Groups of so many ranks are compared pair by pair.
+_LAST_BITS = 5
+_LAST = 1 << _LAST_BITS
 
 
 class ZipfFit(NamedTuple):
@@ -262,8 +266,7 @@ def stack_distances(ids: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
   ranks = (np.cumsum(comes_back) - 1)[last]
   firsts_before = again - np.arange(len(again))
   distances = np.full(count, -1)
-  distances[again] = firsts_before + _smaller_before(ranks) - last - 1
-  # (p itself is a j with prev[j] < p, and so are all before it: p + 1 of them.)
+  distances[again] = firsts_before + _smaller_before(ranks) - (last + 1)
   return distances
 
 
@@ -324,27 +327,36 @@ def _smaller_before(ranks: np.ndarray) -> np.ndarray:
   """For each entry of a permutation of 0 ..., how many before it are smaller.
 
   From the highest bit down, entries are kept in groups of equal higher bits,
-  each in its first order; a group of 2^(b+1) entries starts at its least. Where
-  bit b is set, all entries of the group without it are smaller.
+  each in its first order. Filled up to a power of two (by larger entries behind
+  all others, which count for none) a group of 2^(b+1) has as many entries with
+  bit b as without, and those without are smaller than those with it.
   """
-  size = len(ranks)
-  order, smaller = ranks.astype(np.int64), np.zeros(size, np.int64)
-  place = np.arange(size)
-  for bit in range(max(size - 1, 0).bit_length() - 1, -1, -1):
-    high = (order >> bit) & 1 == 1
-    group = order >> (bit + 1)
-    begin, half = group << (bit + 1), 1 << bit
-    # All groups before this one are full: `half` entries of each are low.
-    low_before = np.cumsum(~high) - ~high - group * half
-    smaller += np.where(high, low_before, 0)
-    # Where a group has a high entry, its low half is full.
-    target = np.where(high, place + half - low_before, begin + low_before)
-    order, smaller = _scatter(order, target), _scatter(smaller, target)
-  # Now in the order of their ranks.
-  return smaller[ranks]
+  bits = max(_LAST_BITS, (len(ranks) - 1).bit_length())
+  order = np.arange(1 << bits, dtype=np.int32)
+  order[: len(ranks)] = ranks
+  smaller = np.zeros_like(order)
+  index = np.arange(1 << bits >> 1, dtype=np.int32)
+  for bit in range(bits - 1, _LAST_BITS - 1, -1):
+    half = 1 << bit
+    is_high = order & half != 0
+    low, high = np.flatnonzero(~is_high), np.flatnonzero(is_high)
+    # Entries of the group before this one, less those of them that are high.
+    low_before = high - index - (index & -half)
+    smaller[high] += low_before.astype(np.int32)
 
+    def split(entries, low=low, high=high, half=half):
+      sides = [entries[side].reshape(-1, half) for side in (low, high)]
+      return np.concatenate(sides, axis=1).reshape(-1)
 
-def _scatter(values: np.ndarray, target: np.ndarray) -> np.ndarray:
-  moved = np.empty_like(values)
-  moved[target] = values
-  return moved
+    order, smaller = split(order), split(smaller)
+
+  # Groups of 32 are compared pair by pair, in bytes.
+  members = np.ascontiguousarray(order.astype(np.uint8).reshape(-1, _LAST).T)
+  within = np.zeros_like(members)
+  members &= _LAST - 1
+  for i in range(_LAST):
+    for j in range(i):
+      within[i] += members[j] < members[i]
+  by_rank = np.empty_like(smaller)
+  by_rank[order] = smaller + within.T.reshape(-1)
+  return by_rank[ranks]
