@@ -28,6 +28,8 @@ class InputError(ValueError):
     # Arrays and long values would break the promise of one line.
     text = " ".join(str(value).split())
     text = text if len(text) <= 120 else text[:117] + "..."
+    # JSON may hold halves of characters, which no terminal can be sent.
+    text = text.encode("utf-8", "backslashreplace").decode()
     super().__init__(f"{field}: {text}; valid: {valid}")
 
   def __reduce__(self):

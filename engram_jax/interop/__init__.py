@@ -1,0 +1,1 @@
+"""Other people's checkpoints: read without copies, written in their layouts."""

@@ -1,0 +1,26 @@
+"""A Flax module around parameters that come from elsewhere."""
+
+from flax import nnx
+
+from engram_jax.config import EngramConfig
+from engram_jax.errors import require
+from engram_jax.fusion.engram import Engram, EngramParams, param_shapes
+
+
+def engram_of(params: EngramParams, config: EngramConfig) -> Engram:
+  """The module of `config` that holds `params`; nothing is drawn.
+
+  Raises:
+    InputError: parameters that `config` does not have, or lacks, or of another
+      shape.
+  """
+  shapes = param_shapes(config)
+  for name, value in params._asdict().items():
+    found = None if value is None else tuple(value.shape)
+    expected = shapes.get(name)
+    valid = "None, as the config says" if expected is None else str(expected)
+    require(found == expected, name, found, valid)
+  engram = nnx.eval_shape(lambda: Engram(config, rngs=nnx.Rngs(0)))
+  for name in shapes:
+    setattr(engram, name, nnx.Param(getattr(params, name)))
+  return engram
