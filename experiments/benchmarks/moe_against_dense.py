@@ -28,6 +28,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -330,13 +331,17 @@ def durations(call: Callable[[], Any], known: set[str]) -> dict[str, float]:
       jax.block_until_ready(call())
     (file,) = pathlib.Path(folder).glob("**/*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(file))
-    events = [
-      (event.start_ns, event.end_ns, name)
-      for plane in data.planes
-      for line in plane.lines
-      for event in line.events
-      if (name := dict(event.stats).get("hlo_op")) in known
-    ]
+    with warnings.catch_warnings():
+      # Of a class that nanobind makes here on Python 3.12; where warnings are
+      # errors, it would end the process.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      events = [
+        (event.start_ns, event.end_ns, name)
+        for plane in data.planes
+        for line in plane.lines
+        for event in line.events
+        if (name := dict(event.stats).get("hlo_op")) in known
+      ]
   events.sort()
   taken: dict[str, float] = collections.defaultdict(float)
   ends = [start for start, _, _ in events[1:]] + [e for _, e, _ in events[-1:]]
@@ -383,33 +388,29 @@ def profile(run: Run, *, listed: int = 12) -> dict[str, Any]:
         "op_name": cost.op_name if cost else "",
       }
     )
+  operations.sort(key=lambda operation: -operation["ms"])
   total = sum(operation["ms"] for operation in operations)
 
-  def grouped(field):
-    groups = collections.defaultdict(list)
+  def sums(by, **of):
+    """`ms` by name, the largest first, of the operations like `of`."""
+    found = collections.Counter()
     for operation in operations:
-      groups[operation[field]].append(operation)
-    found = {}
-    for name, members in groups.items():
-      ms = sum(operation["ms"] for operation in members)
-      by_kind = collections.Counter()
-      for operation in members:
-        by_kind[operation["kind"]] += operation["ms"]
-      found[name] = {
-        "ms": ms,
-        "share": ms / total,
-        "gflops": sum(operation["gflops"] for operation in members),
-        "kinds": dict(by_kind.most_common()),
-      }
-    return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
+      if of.items() <= operation.items():
+        found[operation[by]] += operation["ms"]
+    return dict(found.most_common())
 
-  kinds = grouped("kind")
-  for group in kinds.values():
-    del group["kinds"]
-  operations.sort(key=lambda operation: -operation["ms"])
+  flops = collections.Counter()
+  for operation in operations:
+    flops[operation["part"]] += operation["gflops"]
+  parts, kinds = (
+    {name: {"ms": ms, "share": ms / total} for name, ms in sums(by).items()}
+    for by in ("part", "kind")
+  )
+  for name, part in parts.items():
+    part |= {"gflops": flops[name], "kinds": sums("kind", part=name)}
   return {
     "step_ms": total,
-    "parts": grouped("part"),
+    "parts": parts,
     "kinds": kinds,
     "operations": operations[:listed],
   }
@@ -439,7 +440,7 @@ def profile_tables(profiles: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def define_flags() -> None:
   harness.define_common("moe_against_dense", repeats=7)
   flags.DEFINE_string("preset", "small", "Of engram_jax/presets.py.")
-  flags.DEFINE_integer("batch", 8, "Sequences of a step.")
+  flags.DEFINE_integer("batch", 4, "Sequences of a step.")
   flags.DEFINE_integer("length", 512, "Tokens of a sequence.")
   flags.DEFINE_list("variants", list(VARIANTS)[1:], "Of `moe`, one by one.")
 
