@@ -3,6 +3,8 @@
   python -m experiments.evaluate --workdir=runs/tiny
   python -m experiments.evaluate --workdir=runs/tiny \
     --folder=notes --glob='*.md'
+  python -m experiments.evaluate --workdir=runs/tiny \
+    --store=file:runs/tiny/memory.rows
 
 Three lines for a model with memory: as trained; with the memory off; and with
 every position reading the rows of another one.
@@ -12,6 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -19,8 +22,8 @@ from engram_jax.data.pipeline import held_out_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
 from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.runs import RunFolder, load_run, write_whole
-from experiments import cli
+from engram_jax.training.runs import RunFolder, write_whole
+from experiments import cli, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -31,6 +34,8 @@ _FOLDER = flags.DEFINE_string("folder", "", "Other text than the run's own.")
 _GLOB = flags.DEFINE_string("glob", "*", "Which files of --folder are text.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "At most so many; 0 for all.")
 _OUT = flags.DEFINE_string("out", "", "Also write the figures to this JSON.")
+_STORE = stores.define_store()
+_PREFETCH = stores.define_prefetch()
 flags.mark_flag_as_required("workdir")
 
 
@@ -42,10 +47,15 @@ def evaluate(
   folder: str = "",
   glob: str = "*",
   max_batches: int = 0,
+  prefetch: bool = True,
+  **store_options: Any,
 ) -> dict:
-  """Figures of one checkpoint on one text; arguments as the flags."""
+  """Figures of one checkpoint on one text; arguments as the flags.
+
+  What is not named here says where the rows live: see `stores.load`.
+  """
   require(max_batches >= 0, "batches", max_batches, "0 for all, or more")
-  trained = load_run(workdir, step=step)
+  trained, store = stores.load(workdir, step=step, **store_options)
   data_config, train = trained.config.data, trained.config.train
   if folder:
     data_config = dataclasses.replace(
@@ -65,6 +75,8 @@ def evaluate(
       batch_size=train.batch_size,
       most=max_batches or None,
     ),
+    store=store,
+    prefetch=prefetch,
   )
   return {
     "workdir": str(workdir),
@@ -85,6 +97,8 @@ def main(argv) -> None:
     folder=_FOLDER.value,
     glob=_GLOB.value,
     max_batches=_BATCHES.value,
+    prefetch=_PREFETCH.value,
+    **_STORE(),
   )
   rows = [
     (f"memory {name}", f"{loss:.4f} nats per token, perplexity {p:.2f}")

@@ -3,8 +3,11 @@
   python -m experiments.generate --workdir=runs/tiny --prompt='import os'
   python -m experiments.generate --workdir=runs/tiny --prompt='class ' \
     --prompt='def read(self' --temperature=0.8 --top_p=0.95
+  python -m experiments.generate --workdir=runs/tiny --prompt='import os' \
+    --store=file:runs/tiny/memory.rows --cache_mib=64
 
-One prompt streams; several are one batch, printed when all have ended.
+One prompt streams; several are one batch, printed when all have ended. With
+--slots fewer are decoded at once, and who ends makes room for the next.
 """
 
 import jax
@@ -14,8 +17,7 @@ from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require
-from engram_jax.training.runs import load_run
-from experiments import cli
+from experiments import cli, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -26,12 +28,15 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from this share of mass.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _MEMORY = flags.DEFINE_enum("memory", "on", ["on", "off"], "Use the memory.")
+_SLOTS = flags.DEFINE_integer("slots", None, "Prompts at once; all if not set.")
+_STORE = stores.define_store()
+_PREFETCH = stores.define_prefetch()
 flags.mark_flag_as_required("workdir")
 
 
 def main(argv) -> None:
   del argv
-  trained = load_run(_WORKDIR.value, step=_STEP.value)
+  trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
   tokenizer, prompts = trained.tokenizer, _PROMPT.value
   for prompt in prompts:
     require(prompt, "prompt", repr(prompt), "some text to continue")
@@ -49,6 +54,9 @@ def main(argv) -> None:
     end_id=END_ID,
     vocab_size=tokenizer.get_vocab_size(),
     memory=_MEMORY.value,
+    store=store,
+    prefetch=_PREFETCH.value,
+    slots=_SLOTS.value,
   )
   streams = [TextStream(tokenizer) for _ in prompts]
   texts = list(prompts)

@@ -17,7 +17,6 @@ between them are a slice. Axes besides those of `types.py`:
   n  blocks of one kind
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -37,6 +36,12 @@ from engram_jax.backbone.layers import (
   normal_param,
 )
 from engram_jax.backbone.moe import MoE, MoEMetrics
+from engram_jax.backbone.spans import (
+  Span,
+  below_memory,
+  num_moe_blocks,
+  spans,
+)
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, Fusion, init_conv_state
@@ -74,6 +79,22 @@ class ModelOutput(NamedTuple):
   cache: ModelCache | None
   moe: MoEMetrics | None
   gates: dict[int, Gates]
+
+
+class Begun(NamedTuple):
+  """A forward pass that has come to the first Engram layer; a pytree.
+
+  Attributes:
+    streams: [B, L, G, D].
+    positions: int32 [B, L], of the tokens in their documents.
+    segments: int32 [B, L], numbers of documents; None for one a sequence.
+    moe: of the spans with experts so far.
+  """
+
+  streams: Hidden
+  positions: Int[Array, "B L"]
+  segments: Int[Array, "B L"] | None
+  moe: tuple[MoEMetrics, ...]
 
 
 def document_layout(
@@ -179,36 +200,6 @@ def _stack(config: ModelConfig, keys: Array, *, has_experts: bool):
   return make(keys)
 
 
-class Span(NamedTuple):
-  """Blocks that follow each other with no Engram layer between them.
-
-  Attributes:
-    kind: name of the stack that they are in.
-    start: of the first, in the stack.
-    stop: one past the last.
-    engram: number of the Engram layer that comes before them, or None.
-  """
-
-  kind: str
-  start: int
-  stop: int
-  engram: int | None
-
-
-def spans(config: ModelConfig) -> list[Span]:
-  """The model from bottom to top."""
-  layers = () if config.engram is None else config.engram.layers
-  first = config.num_dense_layers if config.moe else config.num_layers
-  cuts = sorted({0, first, config.num_layers, *layers})
-  found = []
-  for start, stop in itertools.pairwise(cuts):
-    in_moe = start >= first
-    kind, offset = ("moe_blocks", first) if in_moe else ("dense_blocks", 0)
-    engram = layers.index(start) if start in layers else None
-    found.append(Span(kind, start - offset, stop - offset, engram))
-  return found
-
-
 class Transformer(nnx.Module):
   """The decoder-only model. Its tables live elsewhere: see `memory.table`."""
 
@@ -218,7 +209,7 @@ class Transformer(nnx.Module):
     shape = (config.vocab_size, config.hidden_size)
     self.embedding = Embedding(*shape, dtype=config.dtype, **weights)
     keys = jax.random.split(rngs.params(), config.num_layers)
-    first = config.num_dense_layers if config.moe else config.num_layers
+    first = config.num_layers - num_moe_blocks(config)
     self.dense_blocks = _stack(config, keys[:first], has_experts=False)
     self.moe_blocks = _stack(config, keys[first:], has_experts=True)
     # As the hyper-connections: from random numbers of their own.
@@ -286,15 +277,38 @@ class Transformer(nnx.Module):
       InputError: rows of other layers than the model's, lengths without a
         cache, or a wrong shape.
     """
-    config, memory = self.config, self.config.engram
-    expected = set() if memory is None or rows is None else set(memory.layers)
-    given = set(rows or ())
-    valid = f"rows of the Engram layers {sorted(expected)}, or None"
-    require(given == expected, "rows", sorted(given), valid)
-    without = lengths is not None and cache is None
-    require(not without, "lengths", "given without a cache", "None")
+    begun, cache = self.begin(
+      token_ids, breaks=breaks, cache=cache, dispatch=dispatch
+    )
+    return self.finish(
+      begun,
+      rows,
+      breaks=breaks,
+      cache=cache,
+      lengths=lengths,
+      dispatch=dispatch,
+      logits_at=logits_at,
+      logits=logits,
+    )
 
-    length = token_ids.shape[1]
+  def begin(
+    self,
+    token_ids: TokenIds,
+    *,
+    breaks: Breaks | None = None,
+    cache: ModelCache | None = None,
+    dispatch: str | None = None,
+  ) -> tuple[Begun, ModelCache | None]:
+    """The part of a call that needs no rows: up to the first Engram layer.
+
+    `finish` is the rest. Whoever compiles the two apart keeps the device busy
+    while rows are fetched; a call is nothing but both. Arguments as there.
+
+    Returns:
+      What `finish` goes on from; and the cache, in which the blocks so far
+      hold these tokens, and `lengths` does not count them yet.
+    """
+    config, length = self.config, token_ids.shape[1]
     if cache is not None:
       positions, segments = cache.lengths[:, None] + jnp.arange(length), None
     elif breaks is not None:
@@ -305,32 +319,68 @@ class Transformer(nnx.Module):
 
     embedded = self.embedding(token_ids)[:, :, None]
     shape = (*token_ids.shape, config.streams, config.hidden_size)
-    streams = jnp.broadcast_to(embedded, shape)
-    context = dict(positions=positions, segments=segments, dispatch=dispatch)
-    caches, conv_states, moe_metrics, gates = [], {}, [], {}
-    for span in spans(config):
-      if span.engram is not None:
-        layer = memory.layers[span.engram]
-        state = None if cache is None else cache.conv[layer]
-        if rows is not None:
-          fused = self._fuse(
-            span.engram,
-            streams,
-            rows[layer],
-            state=state,
-            breaks=breaks,
-            lengths=lengths,
-          )
-          streams, state = streams + fused.update, fused.state
-          gates[layer] = fused.gates
-        conv_states[layer] = state
-      here = None
-      if cache is not None:
-        here = cache.attention[len(caches) :][: span.stop - span.start]
-      streams, here, metrics = self._blocks(span, streams, here, context)
-      caches += here
-      moe_metrics += metrics
+    begun = Begun(
+      jnp.broadcast_to(embedded, shape), positions, segments, moe=()
+    )
+    for span in below_memory(config):
+      begun, cache = self._blocks(span, begun, cache, dispatch)
+    return begun, cache
 
+  def finish(
+    self,
+    begun: Begun,
+    rows: Mapping[int, Rows] | None,
+    *,
+    breaks: Breaks | None = None,
+    cache: ModelCache | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    dispatch: str | None = None,
+    logits_at: Int[Array, "B"] | None = None,
+    logits: bool = True,
+  ) -> ModelOutput:
+    """The part of a call from the first Engram layer on.
+
+    Args:
+      begun: from `begin`.
+      rows: as in a call, like all that follow.
+      breaks: as given to `begin`.
+      cache: that `begin` returned.
+      lengths: see the call.
+      dispatch: as given to `begin`.
+      logits_at: see the call.
+      logits: see the call.
+
+    Raises:
+      InputError: as a call.
+    """
+    config, memory = self.config, self.config.engram
+    expected = set() if memory is None or rows is None else set(memory.layers)
+    given = set(rows or ())
+    valid = f"rows of the Engram layers {sorted(expected)}, or None"
+    require(given == expected, "rows", sorted(given), valid)
+    without = lengths is not None and cache is None
+    require(not without, "lengths", "given without a cache", "None")
+
+    gates = {}
+    for span in spans(config)[len(below_memory(config)) :]:
+      if span.engram is not None and rows is not None:
+        layer = memory.layers[span.engram]
+        fused = self._fuse(
+          span.engram,
+          begun.streams,
+          rows[layer],
+          state=None if cache is None else cache.conv[layer],
+          breaks=breaks,
+          lengths=lengths,
+        )
+        begun = begun._replace(streams=begun.streams + fused.update)
+        gates[layer] = fused.gates
+        if cache is not None:
+          conv = cache.conv | {layer: fused.state}
+          cache = cache._replace(conv=conv)
+      begun, cache = self._blocks(span, begun, cache, dispatch)
+
+    streams = begun.streams
     hidden = (
       jnp.sum(streams, axis=2) if config.streams > 1 else streams[:, :, 0]
     )
@@ -340,11 +390,11 @@ class Transformer(nnx.Module):
     hidden = self.norm(hidden)
     values = logits_of(hidden, self.output_matrix()) if logits else None
     if cache is not None:
-      added = length if lengths is None else lengths
-      cache = ModelCache(cache.lengths + added, tuple(caches), conv_states)
+      added = streams.shape[1] if lengths is None else lengths
+      cache = cache._replace(lengths=cache.lengths + added)
     moe = None
-    if moe_metrics:
-      moe = jax.tree.map(lambda *x: jnp.concatenate(x), *moe_metrics)
+    if begun.moe:
+      moe = jax.tree.map(lambda *x: jnp.concatenate(x), *begun.moe)
     return ModelOutput(values, hidden, cache, moe, gates)
 
   def _fuse(
@@ -360,20 +410,26 @@ class Transformer(nnx.Module):
 
     return self._rematerialized(fuse)(weights, streams, rows)
 
-  def _blocks(self, span: Span, streams: Hidden, caches, context):
-    """The streams after the blocks of a span.
-
-    Returns:
-      The streams; the blocks' caches; and a list of stacked `MoEMetrics`.
-    """
+  def _blocks(
+    self,
+    span: Span,
+    begun: Begun,
+    cache: ModelCache | None,
+    dispatch: str | None,
+  ) -> tuple[Begun, ModelCache | None]:
+    """The pass, and the cache, after the blocks of a span."""
     graph, stack = nnx.split(getattr(self, span.kind))
+    context = dict(
+      positions=begun.positions, segments=begun.segments, dispatch=dispatch
+    )
     dtype = self.config.dtype
 
     def block(streams, weights, cache):
       weights = sharding.for_compute(weights, span.kind, dtype=dtype)
       return nnx.merge(graph, weights)(streams, cache=cache, **context)
 
-    if caches is None and self.config.scan_blocks:
+    streams, moe = begun.streams, list(begun.moe)
+    if cache is None and self.config.scan_blocks:
 
       def step(streams, weights):
         streams, _, metrics = block(streams, weights, None)
@@ -382,19 +438,26 @@ class Transformer(nnx.Module):
       weights = _at(stack, slice(span.start, span.stop))
       step = self._rematerialized(step)
       streams, metrics = jax.lax.scan(step, streams, weights)
-      return streams, [], [] if metrics is None else [metrics]
-
-    if caches is None:
-      block = self._rematerialized(block)
-    new_caches, all_metrics = [], []
-    for i in range(span.start, span.stop):
-      weights = _at(stack, i)
-      cache = None if caches is None else caches[i - span.start]
-      streams, cache, metrics = block(streams, weights, cache)
-      new_caches.append(cache)
       if metrics is not None:
-        all_metrics.append(_at(metrics, None))
-    return streams, new_caches, all_metrics
+        moe.append(metrics)
+      return begun._replace(streams=streams, moe=tuple(moe)), None
+
+    if cache is None:
+      block = self._rematerialized(block)
+    caches = [] if cache is None else list(cache.attention)
+    dense = self.config.num_layers - num_moe_blocks(self.config)
+    first = dense if span.kind == "moe_blocks" else 0
+    for i in range(span.start, span.stop):
+      at = first + i
+      here = None if cache is None else caches[at]
+      streams, here, metrics = block(streams, _at(stack, i), here)
+      if cache is not None:
+        caches[at] = here
+      if metrics is not None:
+        moe.append(_at(metrics, None))
+    if cache is not None:
+      cache = cache._replace(attention=tuple(caches))
+    return begun._replace(streams=streams, moe=tuple(moe)), cache
 
   def _rematerialized(self, function):
     """The function with the config's choice of what its gradient keeps."""

@@ -2,36 +2,55 @@
 
 Prompts of unequal lengths share a batch, padded on the right; the padding
 enters no cache that is read. Lengths are rounded up to powers of two, so that
-the programs compiled for one batch of prompts serve others of its size.
+the programs compiled for one batch of prompts serve others of its size. With
+fewer slots than prompts, who has finished makes room for the next.
 """
 
-from collections.abc import Iterator, Sequence
+import collections
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.decoding.sampling import allowed_tokens, check_sampling, sample
-from engram_jax.decoding.state import decode_step, init_state, prefill
+from engram_jax.decoding.decoders import Decoder, StoreDecoder, TableDecoder
+from engram_jax.decoding.sampling import (
+  allowed_tokens,
+  check_sampling,
+  sample_each,
+)
+from engram_jax.decoding.slots import insert
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.prefetch import Prefetcher, require_rows
 from engram_jax.memory.retrieval import Tables
+from engram_jax.memory.stores import RowStore
 
-#: Stands where a sequence had ended before.
+#: Stands where a sequence had ended before, or has not begun.
 NO_TOKEN = -1
 #: Shorter prompts are padded to it: not worth a program of their own.
 SMALLEST_LENGTH = 16
 
-# Static by identity (hash) and by digest (compression): a later call with the
-# same objects compiles nothing. The state is given up to its successor.
-_STATIC = ("hashing", "compression")
-_prefill = jax.jit(prefill, static_argnames=_STATIC, donate_argnames="state")
-_step = jax.jit(decode_step, static_argnames=_STATIC, donate_argnames="state")
-_sample = jax.jit(sample, static_argnames=("temperature", "top_k", "top_p"))
+_insert = jax.jit(insert, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def _draw(
+  key: PRNGKeyArray | Array,
+  logits: Float[Array, "B V"],
+  steps: Int[Array, "B"],
+  sequences: Int[Array, "B"],
+  **options,
+):
+  fold = jax.random.fold_in
+  keys = jax.vmap(lambda t, b: fold(fold(key, t), b))(steps, sequences)
+  return sample_each(keys, logits, **options)
 
 
 class Step(NamedTuple):
@@ -39,7 +58,7 @@ class Step(NamedTuple):
 
   Attributes:
     tokens: int32 [B], the new token of each sequence, `end_id` included;
-      `NO_TOKEN` where the sequence had ended before.
+      `NO_TOKEN` where the sequence had ended before, or waits for a slot.
     finished: bool [B], whether it has ended with `end_id`.
   """
 
@@ -63,19 +82,23 @@ def generate(
   vocab_size: int | None = None,
   pad_id: int | None = None,
   memory: str = "on",
+  store: RowStore | None = None,
+  prefetch: bool = True,
+  slots: int | None = None,
 ) -> Iterator[Step]:
   """Continues prompts, yielding after each step.
 
-  Sequence b draws step t from `fold_in(fold_in(key, t), b)`: its text does not
-  depend on its neighbours.
+  Sequence b draws its token t from `fold_in(fold_in(key, t), b)`: its text does
+  not depend on its neighbours.
 
   Args:
     model: the transformer.
-    tables: [R, d] per Engram layer; None for a model without memory.
+    tables: [R, d] per Engram layer; None for a model without memory, or with
+      a `store`.
     hashing: its hash; None for a model without memory.
     compression: raw to canonical ids; None for a model without memory.
     prompts: token ids of each sequence, at least one.
-    max_new_tokens: steps at most; fewer when all sequences end.
+    max_new_tokens: of each sequence; fewer when it ends.
     key: a JAX random key; unused at temperature 0.
     temperature: see `sample`.
     top_k: see `sample`.
@@ -86,10 +109,15 @@ def generate(
     pad_id: token that is never drawn; None for the memory's pad id, without a
       memory for none.
     memory: `on`, or `off`: the same model, and no Engram layer adds anything.
+    store: where the rows live, instead of in `tables`.
+    prefetch: read a store on a thread, while the device is at the blocks
+      before the first Engram layer; otherwise one after the other.
+    slots: sequences that are decoded at once; None for all. The others wait:
+      which tokens come does not depend on it.
 
   Returns:
     An iterator of `Step`. Bad arguments are refused at the call, not at its
-    first step.
+    first step; what a store raises is raised at the step that needs it.
 
   Raises:
     InputError: no or an empty prompt, an id outside the vocabulary, a hash
@@ -99,7 +127,7 @@ def generate(
   require(memory in ("on", "off"), "memory", memory, "on or off")
   if memory == "on" and config.engram is not None:
     for name, value in (
-      ("tables", tables),
+      ("tables", store or tables),
       ("hashing", hashing),
       ("compression", compression),
     ):
@@ -118,36 +146,96 @@ def generate(
   if end_id is not None:
     ok = 0 <= end_id < config.vocab_size and allowed[end_id]
     require(ok, "end_id", end_id, "an id that can be drawn, or None")
-  token_ids, lengths = pad_prompts(prompts, vocab_size=vocab_size)
+  pad = functools.partial(pad_prompts, vocab_size=vocab_size)
+  _, lengths = pad(prompts)
+  ok = slots is None or slots >= 1
+  require(ok, "slots", slots, "an integer >= 1, or None")
 
   if memory == "off":
-    tables = hashing = compression = None
+    tables = hashing = compression = store = None
+  if store is not None:
+    require_rows(store, hashing)
   capacity = _rounded(int(lengths.max()) + max_new_tokens)
-  state = init_state(model, hashing, batch=len(prompts), capacity=capacity)
-  memory_of = (tables, hashing, compression)
+  draw = functools.partial(
+    _draw,
+    key,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    allowed=allowed,
+  )
 
   def steps() -> Iterator[Step]:
-    finished = np.zeros(len(prompts), bool)
-    logits, new_state = _prefill(model, *memory_of, state, token_ids, lengths)
-    for step in range(max_new_tokens):
-      drawn = _sample(
-        jax.random.fold_in(key, step),
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        allowed=allowed,
+    with contextlib.ExitStack() as threads:
+      if store is None:
+        decoder = TableDecoder(model, tables, hashing, compression)
+      else:
+        rows = store
+        if prefetch:
+          rows = threads.enter_context(Prefetcher(store, hashing))
+        decoder = StoreDecoder(model, rows, hashing, compression)
+      yield from _steps(
+        decoder,
+        prompts,
+        pad,
+        draw,
+        slots=min(slots or len(prompts), len(prompts)),
+        capacity=capacity,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
       )
-      tokens = np.where(finished, NO_TOKEN, np.asarray(drawn))
-      if end_id is not None:
-        finished = finished | (tokens == end_id)
-      yield Step(tokens, finished)
-      if finished.all() or step + 1 == max_new_tokens:
-        return
-      # A sequence that has ended goes on unread: no other one depends on it.
-      logits, new_state = _step(model, *memory_of, new_state, drawn)
 
   return steps()
+
+
+def _steps(
+  decoder: Decoder,
+  prompts: Sequence[Sequence[int]],
+  pad: Callable,
+  draw: Callable,
+  *,
+  slots: int,
+  capacity: int,
+  max_new_tokens: int,
+  end_id: int | None,
+) -> Iterator[Step]:
+  """The steps of `generate`; `slots` is at most the number of prompts."""
+  drawn = np.zeros(len(prompts), np.int32)  # tokens of each sequence so far
+  finished = np.zeros(len(prompts), bool)
+  over = finished
+  holders = np.arange(slots, dtype=np.int32)  # whose sequence a slot holds
+  waiting = collections.deque(range(slots, len(prompts)))
+  state = decoder.init_state(slots, capacity)
+  logits, state = decoder.start(state, *pad(prompts[:slots]))()
+  while True:
+    new = draw(logits, drawn[holders], holders.copy())
+    # A sequence that has ended goes on unread: no other one depends on it.
+    read = ~over[holders]
+    tokens = np.full(len(prompts), NO_TOKEN, np.int32)
+    tokens[holders[read]] = np.asarray(new)[read]
+    drawn[holders[read]] += 1
+    if end_id is not None:
+      finished = finished | (tokens == end_id)
+    over = finished | (drawn == max_new_tokens)
+
+    free = np.flatnonzero(over[holders])
+    end = None
+    if len(free) < slots:
+      end = decoder.start(state, new)
+    starting = []
+    for slot in free[: len(waiting)]:
+      holders[slot] = waiting.popleft()
+      fresh = decoder.init_state(1, capacity)
+      prompt = pad([prompts[holders[slot]]])
+      starting.append((slot, decoder.start(fresh, *prompt)))
+    yield Step(tokens, finished)
+
+    if end is None and not starting:
+      return
+    if end is not None:
+      logits, state = end()
+    for slot, end_prefill in starting:
+      logits, state = _insert((logits, state), end_prefill(), slot)
 
 
 def generate_all(*args, **kwargs) -> list[list[int]]:

@@ -88,8 +88,30 @@ def sample(
   Raises:
     InputError: a temperature, `top_k` or `top_p` outside its range.
   """
+  check_sampling(temperature, top_k, top_p, size=logits.shape[1])
+  sequences = jnp.arange(logits.shape[0])
+  keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(sequences)
+  return sample_each(
+    keys,
+    logits,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    allowed=allowed,
+  )
+
+
+def sample_each(
+  keys: PRNGKeyArray | Array,
+  logits: Float[Array, "B V"],
+  *,
+  temperature: float,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  allowed: Bool[Array | np.ndarray, "V"] | None = None,
+) -> Int[Array, "B"]:
+  """As `sample`, with a key for each sequence, [B]; refuses nothing."""
   size = logits.shape[1]
-  check_sampling(temperature, top_k, top_p, size=size)
   logits = logits.astype(jnp.float32)
   if allowed is not None:
     logits = jnp.where(allowed, logits, -jnp.inf)
@@ -98,8 +120,6 @@ def sample(
 
   # The largest becomes 0, so that a small temperature cannot overflow.
   logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-  sequences = jnp.arange(logits.shape[0])
-  keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(sequences)
   draw = jax.vmap(jax.random.categorical)
   if top_k is None and top_p is None:
     return draw(keys, logits).astype(jnp.int32)

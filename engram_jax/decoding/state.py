@@ -5,19 +5,24 @@ attention's latents, the short convolution's last inputs, and the last N-1
 canonical ids, which the next n-grams begin with. Each sequence of the batch is
 one document. Every function here can be jitted, with `hashing` and
 `compression` as static arguments.
+
+`prefill` is one function of three: `look_up`, where rows come from tables, and
+`begin` and `finish`, the model before and after it needs them. `decoders.py`
+compiles these apart.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from engram_jax.backbone.transformer import ModelCache, Transformer
+from engram_jax.backbone.transformer import Begun, ModelCache, Transformer
 from engram_jax.errors import require, require_in_range
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import Tables, retrieve
-from engram_jax.types import History, TokenIds
+from engram_jax.types import History, Rows, TokenIds
 
 
 class DecodeState(NamedTuple):
@@ -25,8 +30,9 @@ class DecodeState(NamedTuple):
 
   Attributes:
     cache: the model's.
-    history: int32 [B, N-1], the last canonical ids; None when the model has no
-      memory, or it is turned off.
+    history: int32 [B, N-1], the last canonical ids; of NumPy where they are
+      hashed on the host. None when the model has no memory, or it is turned
+      off.
   """
 
   cache: ModelCache
@@ -100,23 +106,76 @@ def prefill(
   valid = f"the state's batch, {batch}, twice"
   require(shape == (batch, batch), "batch of tokens, lengths", shape, valid)
   require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
-  _check_fit(hashing, compression, state)
+  check_state(hashing, compression, state)
   _check_capacity(state, lengths)
-  rows = history = None
-  if hashing is not None:
-    canonical = compression(token_ids)
-    past = state.history
-    rows = retrieve(tables or {}, hashing, canonical, history=past).rows
-    history = hashing.next_history(canonical, history=past, lengths=lengths)
-  output = model(
-    token_ids,
+  rows, history = look_up(
+    tables, hashing, compression, state.history, token_ids, lengths
+  )
+  begun, cache = begin(model, state.cache, token_ids)
+  logits, cache = finish(model, begun, cache, rows, lengths)
+  return logits, DecodeState(cache, history)
+
+
+def look_up(
+  tables: Tables | None,
+  hashing: NgramHash | None,
+  compression: TokenCompression | None,
+  history: History | None,
+  token_ids: TokenIds,
+  lengths: Int[Array, "B"],
+) -> tuple[dict[int, Rows] | None, History | None]:
+  """The part of `prefill` that needs no model: rows, and the history after.
+
+  Both are None with `hashing` None.
+  """
+  if hashing is None:
+    return None, None
+  canonical = compression(token_ids)
+  rows = retrieve(tables or {}, hashing, canonical, history=history).rows
+  return rows, hashing.next_history(canonical, history=history, lengths=lengths)
+
+
+def begin(
+  model: Transformer, cache: ModelCache, token_ids: TokenIds
+) -> tuple[Begun, ModelCache]:
+  """The part of `prefill` that needs no rows: below the first Engram layer.
+
+  Returns:
+    What `finish` goes on from, and the cache to give it.
+  """
+  dispatch = model.config.dropless_dispatch
+  return model.begin(token_ids, cache=cache, dispatch=dispatch)
+
+
+def finish(
+  model: Transformer,
+  begun: Begun,
+  cache: ModelCache,
+  rows: Mapping[int, Rows] | None,
+  lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], ModelCache]:
+  """The rest of `prefill`.
+
+  Args:
+    model: the transformer.
+    begun: from `begin`.
+    cache: from `begin`.
+    rows: [B, L, K, d] per Engram layer; None turns the memory off.
+    lengths: int32 [B], 1 to L.
+
+  Returns:
+    float32 [B, V], logits after each sequence's last real token, and the
+    cache with the real tokens.
+  """
+  output = model.finish(
+    begun,
     rows,
-    cache=state.cache,
+    cache=cache,
     lengths=lengths,
     dispatch=model.config.dropless_dispatch,
     logits_at=lengths - 1,
   )
-  return output.logits[:, 0], DecodeState(output.cache, history)
+  return output.logits[:, 0], output.cache
 
 
 def decode_step(
@@ -144,7 +203,11 @@ def decode_step(
   )
 
 
-def _check_fit(hashing, compression, state: DecodeState) -> None:
+def check_state(
+  hashing: NgramHash | None,
+  compression: TokenCompression | None,
+  state: DecodeState,
+) -> None:
   """Refuses a state or a compression that is not the hash's."""
   if hashing is None:
     off = state.history is None

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
@@ -82,8 +83,9 @@ def read_rows(tables: Tables, row_ids: Mapping[int, RowIds]) -> dict[int, Rows]:
 
 
 def shuffle_row_ids(
-  key: PRNGKeyArray | Array, row_ids: Mapping[int, RowIds]
-) -> dict[int, RowIds]:
+  key: PRNGKeyArray | Array,
+  row_ids: Mapping[int, Int[Array | np.ndarray, "B L K"]],
+) -> dict[int, Int[Array | np.ndarray, "B L K"]]:
   """Lets each position read what another one should: real rows, but wrong.
 
   A control for what the memory is worth: the rows keep their statistics and
@@ -92,10 +94,10 @@ def shuffle_row_ids(
 
   Args:
     key: a JAX random key.
-    row_ids: int32 [B, L, K] per layer.
+    row_ids: int32 [B, L, K] per layer; or NumPy's, of any integers.
 
   Returns:
-    int32 [B, L, K] per layer.
+    The same at other positions, [B, L, K] per layer.
 
   Raises:
     InputError: fewer than two positions, which leaves no other one.

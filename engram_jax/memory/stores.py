@@ -24,7 +24,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from engram_jax.errors import require, require_in_range
 from engram_jax.memory.quantization import RowFormat, unpack_rows
 from engram_jax.memory.row_files import RowFile
+from engram_jax.memory.table import lookup
 
 RowIdsByLayer = Mapping[int, Int[Array | np.ndarray, "..."]]
 PackedTables = Mapping[int, UInt8[Array | np.ndarray, "_R n"]]
@@ -93,6 +94,7 @@ class Buffers:
     return array[: rows * size].reshape(rows, size)
 
 
+@runtime_checkable
 class RowStore(Protocol):
   """Packed rows of every Engram layer of a model.
 
@@ -159,6 +161,23 @@ def to_device(rows: PackedRows, device: Any = None) -> PackedRows:
   return jax.block_until_ready(copies)
 
 
+def require_layers(row_ids: RowIdsByLayer, num_rows: Mapping[int, int]) -> None:
+  """Refuses ids of layers that a store does not have, or that are none."""
+  valid = f"row ids of the layers {list(num_rows)}"
+  ok = set(row_ids) <= set(num_rows)
+  require(ok, "row_ids", f"layers {list(row_ids)}", valid)
+  for layer, ids in row_ids.items():
+    is_integer = np.dtype(ids.dtype).kind in "iu"
+    require(is_integer, f"row_ids[{layer}]", ids.dtype, "integers")
+
+
+def require_rows_of(layer: int, ascending: np.ndarray, rows: int) -> None:
+  """Refuses ids [U] in ascending order that are not all 0 <= id < rows."""
+  for wrong in (ascending[:1], ascending[-1:]):
+    ok = ((wrong >= 0) & (wrong < rows)).all()
+    require(ok, f"row_ids[{layer}]", wrong, f"0 <= id < {rows}")
+
+
 class _Counting:
   """`statistics`, from any number of threads."""
 
@@ -182,14 +201,6 @@ class _Counting:
       sums = (a + b for a, b in zip(self._statistics, new))
       self._statistics = ReadStatistics(*sums)
 
-  def _require_layers(self, row_ids: RowIdsByLayer) -> None:
-    valid = f"row ids of the layers {list(self.num_rows)}"
-    ok = set(row_ids) <= set(self.num_rows)
-    require(ok, "row_ids", f"layers {list(row_ids)}", valid)
-    for layer, ids in row_ids.items():
-      is_integer = np.dtype(ids.dtype).kind in "iu"
-      require(is_integer, f"row_ids[{layer}]", ids.dtype, "integers")
-
 
 class _ProgramStore(_Counting):
   """Packed tables that a compiled program reads, a row for each id."""
@@ -204,7 +215,7 @@ class _ProgramStore(_Counting):
   ) -> PackedRows:
     """See `RowStore`. Also under jit; `buffers` are of no use to it."""
     del buffers
-    self._require_layers(row_ids)
+    require_layers(row_ids, self.num_rows)
     for layer, ids in row_ids.items():
       name, rows = f"row_ids[{layer}]", self.num_rows[layer]
       require_in_range(name, ids, low=0, high=rows)
@@ -227,7 +238,7 @@ class DeviceStore(_ProgramStore):
   """
 
   def _gather(self, table: Array, ids: Array) -> Array:
-    return table.at[ids].get(mode="promise_in_bounds")
+    return lookup(table, ids)
 
 
 class PinnedStore(_ProgramStore):
@@ -285,16 +296,14 @@ class _HostReads(_Counting):
     self, row_ids: RowIdsByLayer, *, buffers: Buffers | None = None
   ) -> PackedRows:
     """See `RowStore`. The arrays are NumPy's."""
-    self._require_layers(row_ids)
+    require_layers(row_ids, self.num_rows)
     packed, inverse, asked, read = {}, {}, 0, 0
     buffers = buffers or Buffers()
     for layer, ids in row_ids.items():
       ids = np.asarray(ids)
       distinct, places = np.unique(ids, return_inverse=True)
-      rows, count = self.num_rows[layer], len(distinct)
-      for wrong in (distinct[:1], distinct[-1:]):
-        ok = ((wrong >= 0) & (wrong < rows)).all()
-        require(ok, f"row_ids[{layer}]", wrong, f"0 <= id < {rows}")
+      require_rows_of(layer, distinct, self.num_rows[layer])
+      count = len(distinct)
       # Never 0: an empty array cannot be gathered from.
       eighth = max(1, math.ceil(ids.size / 8))
       padded = max(1, math.ceil(count / eighth)) * eighth

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from engram_jax import sharding
 from engram_jax.errors import require, require_in_range
@@ -65,12 +65,12 @@ def init_table(
 
 
 def lookup(
-  table: Float[Array, "R d"], row_ids: Int[Array, "*S"]
-) -> Float[Array, "*S d"]:
+  table: Shaped[Array, "R d"], row_ids: Int[Array, "*S"]
+) -> Shaped[Array, "*S d"]:
   """Reads rows: `table[row_ids]`.
 
   Args:
-    table: [R, d].
+    table: [R, d], numbers or the bytes of packed rows.
     row_ids: int32 [...], usually [B, L, K] from `NgramHash.row_ids`.
 
   Returns:

@@ -353,18 +353,18 @@ class Checkpoints:
 
     Args:
       template: as for `restore`; its `opt_state` and `table_states` may be
-        anything.
+        anything; its `tables` None to leave these out.
       step: None for the latest.
 
     Raises:
       InputError: as `restore`.
     """
     step = self._resolve(step)
-    templates = _split(template)
-    del templates["optimizer"]
+    items = ("backbone",) if template.tables is None else ("backbone", "memory")
+    templates = {item: _split(template)[item] for item in items}
     restored = self._read_arrays(step, templates)
-    backbone = restored["backbone"]
-    return backbone["params"], backbone["balance"], restored["memory"]["tables"]
+    backbone, memory = restored["backbone"], restored.get("memory", {})
+    return backbone["params"], backbone["balance"], memory.get("tables", {})
 
   def _set_position(self, step: int, iterator: grain.DatasetIterator) -> None:
     """Sets the iterator to where it was in all processes of the saving run."""

@@ -1,16 +1,30 @@
-"""The loss of a text, with the memory on, off, or reading the wrong rows."""
+"""The loss of a text, with the memory on, off, or reading the wrong rows.
 
+The rows come from the tables, in the program that computes the loss, or from a
+store, and are then fetched while the batch before is computed.
+"""
+
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.errors import require
+from engram_jax.memory.prefetch import (
+  Prefetcher,
+  prefetched,
+  read_to_device,
+  require_rows,
+  row_ids_on_host,
+)
 from engram_jax.memory.retrieval import Tables, shuffle_row_ids
+from engram_jax.memory.stores import RowStore, unpack
 from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program
 
@@ -70,21 +84,30 @@ def losses_by_memory(
   model: Transformer,
   tables: Tables,
   batches: Callable[[], Iterable[Batch]],
+  *,
+  store: RowStore | None = None,
+  prefetch: bool = True,
 ) -> dict[str, float]:
   """`mean_loss` with the memory used in each of `MEMORY_MODES`.
 
   Args:
     program: what was trained; one without a memory has the mode "on" alone.
     model: the transformer.
-    tables: [R, d] per Engram layer.
+    tables: [R, d] per Engram layer; of no use with a store.
     batches: gives the same batches at each call.
+    store: where the rows live instead.
+    prefetch: see `mean_loss_from_store`.
   """
-  return {
-    memory: mean_loss(
-      make_eval_step(program, memory=memory), model, tables, batches()
-    )
-    for memory in (MEMORY_MODES if program.hashing else ("on",))
-  }
+  losses = {}
+  for memory in MEMORY_MODES if program.hashing else ("on",):
+    if store is None or memory == "off":
+      step = make_eval_step(program, memory=memory)
+      losses[memory] = mean_loss(step, model, tables, batches())
+    else:
+      losses[memory] = mean_loss_from_store(
+        program, model, store, batches(), memory=memory, prefetch=prefetch
+      )
+  return losses
 
 
 def mean_loss(
@@ -104,9 +127,73 @@ def mean_loss(
   Raises:
     InputError: no target in any batch.
   """
+  return _mean(eval_step(model, tables, batch) for batch in batches)
+
+
+def mean_loss_from_store(
+  program: Program,
+  model: Transformer,
+  store: RowStore,
+  batches: Iterable[Batch],
+  *,
+  memory: str = "on",
+  prefetch: bool = True,
+) -> float:
+  """As `mean_loss`, with rows of any home.
+
+  Args:
+    program: whose hash and compression read the rows; of one device.
+    model: the transformer.
+    store: the rows' home.
+    batches: with masked padding or without.
+    memory: "on" or "shuffled"; see `make_eval_step`.
+    prefetch: read a batch's rows on a thread while the one before is computed.
+
+  Raises:
+    InputError: as `mean_loss`; no such use of the memory, a store of other
+      rows than the hash's, or a program of several devices.
+  """
+  require(memory in ("on", "shuffled"), "memory", memory, "on or shuffled")
+  name = type(store).__name__
+  require(program.hashing is not None, "store", name, "None without a memory")
+  valid = "None on a mesh: its tables lie on all devices"
+  require(program.mesh is None, "store", name, valid)
+  require_rows(store, program.hashing)
+
+  @jax.jit
+  def evaluate(model, packed, batch):
+    loss, _ = model_loss(
+      model,
+      unpack(packed, store.row_format),
+      batch,
+      chunk=program.train.loss_chunk,
+      dispatch=program.model.dropless_dispatch,
+    )
+    return loss, jnp.sum(batch["loss_mask"])
+
+  def row_ids(batch: Batch):
+    canonical = program.compression(np.asarray(batch["inputs"]))
+    found = row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
+    if memory == "on":
+      return found
+    return shuffle_row_ids(jax.random.key(0), found)
+
+  with contextlib.ExitStack() as threads:
+    if prefetch:
+      fetcher = threads.enter_context(Prefetcher(store))
+      pairs = prefetched(
+        batches, lambda batch: fetcher.fetch(lambda: row_ids(batch))
+      )
+    else:
+      pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)
+    return _mean(evaluate(model, rows, batch) for batch, rows in pairs)
+
+
+def _mean(losses: Iterable[tuple[Array, Array]]) -> float:
+  """The mean over targets of (sum of losses, targets)."""
   total, targets = 0.0, 0
-  for batch in batches:
-    losses, count = jax.device_get(eval_step(model, tables, batch))
-    total, targets = total + float(losses), targets + int(count)
+  for pair in losses:
+    loss, count = jax.device_get(pair)
+    total, targets = total + float(loss), targets + int(count)
   require(targets > 0, "batches", "no target", "at least one target")
   return total / targets

@@ -92,7 +92,7 @@ class TrainedModel:
     config: of the run.
     step: of the checkpoint.
     model: the transformer with its weights.
-    tables: per Engram layer [R, d]; empty without a memory.
+    tables: per Engram layer [R, d]; empty without a memory, or if not wanted.
     hashing: None without a memory.
     compression: None without a memory.
     tokenizer: the run's.
@@ -206,13 +206,14 @@ def save_tokenizer_of_run(
 
 
 def load_run(
-  workdir: str | os.PathLike, *, step: int | None = None
+  workdir: str | os.PathLike, *, step: int | None = None, tables: bool = True
 ) -> TrainedModel:
   """Opens a checkpoint of a run for inference; nothing is drawn anew.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None for the newest.
+    tables: False to leave them on the disk: the rows come from elsewhere.
 
   Raises:
     InputError: no run or no such checkpoint there, or files of another run.
@@ -238,12 +239,14 @@ def load_run(
       compression=compression,
     )
     template = abstract_state(program)
-    params, balance, tables = saved.restore_weights(template, step=step)
+    if not tables:
+      template = dataclasses.replace(template, tables=None)
+    params, balance, found = saved.restore_weights(template, step=step)
   return TrainedModel(
     config=config,
     step=step,
     model=nnx.merge(graph, params, balance),
-    tables=tables,
+    tables=found,
     hashing=hashing,
     compression=compression,
     tokenizer=load_tokenizer(folder.tokenizer),

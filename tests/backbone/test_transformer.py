@@ -13,12 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.backbone.transformer import (
-  Span,
-  Transformer,
-  document_layout,
-  spans,
-)
+from engram_jax.backbone.spans import Span, below_memory, spans
+from engram_jax.backbone.transformer import Transformer, document_layout
 from engram_jax.config import (
   AttentionConfig,
   EngramConfig,
@@ -205,6 +201,32 @@ def test_spans_are_what_lies_between_engram_layers():
   ]
   plain = dataclasses.replace(DEEP, engram=None, moe=None)
   assert spans(plain) == [Span("dense_blocks", 0, 5, None)]
+
+
+def test_a_call_in_two_programs_is_a_call():
+  model, ids = make(DEEP), tokens()
+  assert [len(below_memory(c)) for c in (DEEP, CONFIG)] == [2, 0]
+  shape = (BATCH, LENGTH, 4, 4)
+  rows = {i: jax.random.normal(jax.random.key(i), shape) for i in (2, 4)}
+  breaks = jnp.zeros((BATCH, LENGTH), jnp.int8).at[0, 4].set(1)
+  whole = forward(model, ids, rows, breaks)
+
+  @jax.jit
+  def begin(model):
+    return model.begin(ids, breaks=breaks, dispatch="dropless")[0]
+
+  @jax.jit
+  def finish(model, begun, rows):
+    return model.finish(begun, rows, breaks=breaks, dispatch="dropless")
+
+  begun = begin(model)
+  assert len(begun.moe) == 1
+  found = finish(model, begun, rows)
+  assert jax.tree.structure(found) == jax.tree.structure(whole)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole)):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+  with pytest.raises(InputError, match=r"rows: \[2\]; valid: .*\[2, 4\]"):
+    model.finish(begun, {2: rows[2]}, breaks=breaks)
 
 
 @pytest.fixture(scope="module")

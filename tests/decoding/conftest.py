@@ -53,7 +53,10 @@ def _forward(model, tables, hashing, compression, token_ids):
 
 @functools.cache
 def make_tiny(kind):
-  """`conv`, `bare` (a memory without convolution) or `plain` (no memory)."""
+  """`conv`, `bare` (a memory without convolution) or `plain` (no memory).
+
+  `wide` is `conv` with rows that every format takes, and a block before them.
+  """
   from engram_jax import config as configs
   from engram_jax.backbone.transformer import Transformer
   from engram_jax.memory.compression import TokenCompression
@@ -63,12 +66,12 @@ def make_tiny(kind):
   if kind != "plain":
     memory = configs.EngramConfig(
       hidden_size=width,
-      layers=(0, 2),
+      layers=(1, 2) if kind == "wide" else (0, 2),
       rows_per_head=(60, 70),
       heads=2,
-      head_dim=4,
+      head_dim=32 if kind == "wide" else 4,
       pad_id=PAD,
-      short_conv=kind == "conv",
+      short_conv=kind != "bare",
       conv_kernel_size=3,
       conv_dilation=2,
     )
@@ -127,6 +130,12 @@ def every_tiny(request):
 def tiny():
   """The tiny model with memory and convolution."""
   return make_tiny("conv")
+
+
+@pytest.fixture(scope="session")
+def tiny_wide():
+  """The tiny model that the row formats fit."""
+  return make_tiny("wide")
 
 
 @pytest.fixture(scope="session")

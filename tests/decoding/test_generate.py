@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax.decoding import decoders
 from engram_jax.decoding import generate as generation
 from engram_jax.decoding.generate import (
   NO_TOKEN,
@@ -122,7 +123,8 @@ def test_the_end_token_ends_its_sequence(tiny, greedy):
 
 
 def test_prompts_of_other_lengths_compile_nothing(tiny, greedy):
-  programs = (generation._prefill, generation._step, generation._sample)
+  programs = (decoders._look_up, decoders._begin, decoders._finish)
+  programs += (generation._draw,)
   sizes = [program._cache_size() for program in programs]
   other = [[2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
   generate_all(*tiny.parts, other, max_new_tokens=5, key=KEY)
@@ -152,6 +154,7 @@ def test_pad_prompts():
     ({"end_id": 0}, "end_id: 0; valid: an id that can be drawn"),
     ({"vocab_size": 29}, "vocab_size: 29; valid: 1 to .*28"),
     ({"pad_id": 24}, "pad_id: 24"),
+    ({"slots": 0}, "slots: 0; valid: an integer >= 1, or None"),
     ({"memory": "shuffled"}, "memory: shuffled; valid: on or off"),
     ({"tables": None}, "tables: None; valid: .* memory='off'"),
     ({"hashing": None}, "hashing: None; valid: .* memory='off'"),

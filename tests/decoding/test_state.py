@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.decoding import generate as generation
 from engram_jax.decoding.state import (
   decode_step,
   init_state,
@@ -15,9 +14,12 @@ from engram_jax.errors import InputError
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 
-# All tests of this folder share programs and sizes, so that each is compiled
-# once: the prefill and the step of `generate`, which take their state over.
-jit_prefill, jit_step = generation._prefill, generation._step
+# All tests share programs and sizes, so that each is compiled once.
+_STATIC = ("hashing", "compression")
+jit_prefill = jax.jit(prefill, static_argnames=_STATIC, donate_argnames="state")
+jit_step = jax.jit(
+  decode_step, static_argnames=_STATIC, donate_argnames="state"
+)
 BATCH, LENGTH = 3, 16
 CAPACITY = LENGTH
 

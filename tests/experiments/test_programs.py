@@ -9,9 +9,16 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.homes import pack_tables
+from engram_jax.memory.quantization import RowFormat
+from engram_jax.memory.row_file_headers import Header
+from engram_jax.memory.row_files import write_row_file
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +187,89 @@ def test_evaluate_and_generate(finished, program, text_folder, tmp_path):
   )
   assert alone.stdout.rstrip("\n") == first
   assert second.startswith("a")
+
+
+@pytest.fixture(scope="module")
+def row_file(finished, tmp_path_factory):
+  """The finished run's rows, as they are."""
+  trained = load_run(finished[0])
+  hashing, digest = trained.hashing, trained.compression.digest
+  packed, row_format = pack_tables(trained.tables, hashing, "float32")
+  path = tmp_path_factory.mktemp("rows") / "memory.rows"
+  header = Header(row_format, hashing.num_rows, hashing, digest)
+  write_row_file(path, {i: [x] for i, x in packed.items()}, header)
+  return path
+
+
+def test_evaluate_from_any_home(finished, row_file, program, tmp_path):
+  def losses_of(*options):
+    out = tmp_path / "out.json"
+    done = program(
+      "evaluate",
+      f"--workdir={finished[0]}",
+      "--batches=2",
+      f"--out={out}",
+      *options,
+      configured=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["loss"]
+
+  expected = losses_of()
+  found = losses_of(f"--store=file:{row_file}", "--cache_mib=0.001")
+  assert found == pytest.approx(expected, rel=1e-6)
+  rounded = losses_of("--store=host", "--row_format=int8", "--noprefetch")
+  assert 0 < abs(rounded["on"] - expected["on"]) < 0.01
+  assert rounded["off"] == expected["off"]
+
+
+def test_generate_from_any_home(finished, row_file, program):
+  def generated(*options):
+    done = program(
+      "generate",
+      f"--workdir={finished[0]}",
+      "--tokens=6",
+      "--prompt=the memory",
+      "--prompt=a",
+      *options,
+      configured=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  expected = generated()
+  # The checkpoint's own tables are not looked at.
+  tables = finished[0] / "checkpoints" / "12" / "memory"
+  hidden = tables.rename(tables.with_name("hidden"))
+  try:
+    assert generated(f"--store=file:{row_file}", "--slots=1") == expected
+  finally:
+    hidden.rename(tables)
+  options = ("--store=pinned", "--cache_mib=0.01", "--noprefetch")
+  assert generated(*options) == expected
+
+
+def test_a_row_file_of_another_model_is_one_clear_line(
+  finished, program, tmp_path
+):
+  trained = load_run(finished[0])
+  constants = trained.hashing.to_dict()
+  constants["pad_id"] += 1
+  other = NgramHash.from_dict(constants)
+  row_format, rows = RowFormat("float32", 4), other.num_rows
+  digest = trained.compression.digest
+  path = tmp_path / "other.rows"
+  header = Header(row_format, rows, other, digest)
+  chunks = {i: [np.zeros((n, 16), np.uint8)] for i, n in rows.items()}
+  write_row_file(path, chunks, header)
+  for name in ("generate", "evaluate"):
+    done = program(
+      name,
+      f"--workdir={finished[0]}",
+      f"--store=file:{path}",
+      configured=False,
+    )
+    assert_one_line(done, ["hash.pad_id", str(path)])
 
 
 MISTAKES = {

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
+from engram_jax.memory.homes import open_store
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
+  losses_by_memory,
   make_eval_step,
   mean_loss,
+  mean_loss_from_store,
 )
 from engram_jax.training.losses import cross_entropy
 from engram_jax.training.state import flatten
@@ -107,6 +110,37 @@ def test_every_target_counts_once(steps, weights, batch):
   for empty in ([], [none]):
     with pytest.raises(InputError, match=r"^batches: no target; valid: at lea"):
       mean_loss(steps["on"], *weights, empty)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_store_gives_the_losses_of_the_tables(
+  tiny, weights, losses, batch, prefetch
+):
+  program, (model, tables) = tiny.program, weights
+  store = open_store("host", tables, program.hashing)
+  fewer = batch | {"loss_mask": batch["loss_mask"].at[1:].set(False)}
+  expected = losses_by_memory(program, *weights, lambda: [batch, fewer])
+  found = losses_by_memory(
+    program,
+    model,
+    {},
+    lambda: [batch, fewer],
+    store=store,
+    prefetch=prefetch,
+  )
+  assert found == pytest.approx(expected, rel=1e-6)
+  assert list(found) == list(MEMORY_MODES)
+  assert store.statistics.reads == 4
+
+
+def test_a_store_that_does_not_fit_is_refused(tiny, make_tiny, weights):
+  program, (model, tables) = tiny.program, weights
+  store = open_store("host", tables, program.hashing)
+  with pytest.raises(InputError, match=r"^memory: off; valid: on or shuffled"):
+    mean_loss_from_store(program, model, store, [], memory="off")
+  plain = make_tiny(memory=False).program
+  with pytest.raises(InputError, match=r"^store: HostStore; valid: None witho"):
+    mean_loss_from_store(plain, model, store, [])
 
 
 def test_an_unknown_use_of_the_memory_is_refused(tiny):

@@ -1,0 +1,33 @@
+"""Slots: a batch in which a finished sequence makes room for the next prompt.
+
+A slot is one place of the batch. Its caches, history and length are the entry
+`slot` of every array of a state, so that a freshly prefilled sequence moves in
+by overwriting them.
+"""
+
+from typing import TypeVar
+
+import jax
+from jaxtyping import Array, Int
+
+Tree = TypeVar("Tree")
+
+
+def insert(state: Tree, fresh: Tree, slot: Int[Array, ""] | int) -> Tree:
+  """A batch with one sequence in place of what a slot held; can be jitted.
+
+  Args:
+    state: a `DecodeState`, or any tree of arrays [B, ...].
+    fresh: the same of a batch of one, of the same capacity.
+    slot: 0 <= slot < B.
+
+  Returns:
+    The state; other slots are as they were.
+  """
+  return jax.tree.map(
+    lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+      old, new.astype(old.dtype), slot, axis=0
+    ),
+    state,
+    fresh,
+  )

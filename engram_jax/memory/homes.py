@@ -1,0 +1,121 @@
+"""A model's rows in the home that a word names, from its tables or a file.
+
+device     packed, in the device's memory
+pinned     packed, in pinned host memory
+host       packed, in host memory
+file:PATH  a row file, which must be the model's
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from engram_jax.errors import InputError, require
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.hot_rows import CachedStore
+from engram_jax.memory.quantization import RowFormat, pack_rows
+from engram_jax.memory.retrieval import Tables, require_tables
+from engram_jax.memory.row_files import RowFile
+from engram_jax.memory.stores import (
+  DeviceStore,
+  FileStore,
+  HostStore,
+  PinnedStore,
+  RowStore,
+)
+
+_FILE = "file:"
+_KINDS = {"device": DeviceStore, "pinned": PinnedStore, "host": HostStore}
+#: Rows that are packed at a time.
+_CHUNK = 2**16
+
+_pack = jax.jit(pack_rows, static_argnums=1)
+
+
+def reads_a_file(home: str) -> bool:
+  """Whether the rows are a file's, and no table is needed.
+
+  Raises:
+    InputError: a word that names no home.
+  """
+  valid = f"{', '.join(_KINDS)} or {_FILE}PATH"
+  is_file = home.startswith(_FILE)
+  require(is_file or home in _KINDS, "store", home, valid)
+  return is_file
+
+
+def open_store(
+  home: str,
+  tables: Tables | None,
+  hashing: NgramHash,
+  *,
+  row_format: str | None = None,
+  compression_digest: str | None = None,
+  cache_bytes: int = 0,
+) -> RowStore:
+  """A store of the model's rows.
+
+  Args:
+    home: see the file's docstring.
+    tables: [R, d] per Engram layer, to be packed; None for a file.
+    hashing: the model's.
+    row_format: of the packed rows, one of `FORMATS`; None for float32, or for
+      what the file has.
+    compression_digest: the model's, which a file must have; None for any.
+    cache_bytes: of rows kept on the device before it; 0 for none.
+
+  Raises:
+    InputError: an unknown home or format; a file of another model, or of
+      another format than the one asked for; tables that are missing; a cache
+      of less than a row.
+  """
+  if reads_a_file(home):
+    file = RowFile(
+      home.removeprefix(_FILE),
+      hashing=hashing,
+      compression_digest=compression_digest,
+    )
+    found = file.header.row_format.name
+    valid = f"{found}, the file's, or none"
+    require(row_format in (None, found), "row_format", row_format, valid)
+    store = FileStore(file)
+  else:
+    if tables is None:
+      raise InputError("tables", None, f"the tables to be kept on {home}")
+    packed, fmt = pack_tables(tables, hashing, row_format or "float32")
+    if home == "device":
+      packed = jax.device_put(packed)
+    store = _KINDS[home](packed, fmt)
+  ok = cache_bytes >= 0
+  require(ok, "cache_bytes", cache_bytes, "0 for none, or a number of bytes")
+  if not cache_bytes:
+    return store
+  return CachedStore(store, capacity_bytes=cache_bytes)
+
+
+def pack_tables(
+  tables: Tables, hashing: NgramHash, name: str
+) -> tuple[Mapping[int, UInt8[np.ndarray, "_R n"]], RowFormat]:
+  """The rows of all layers in host memory, without the tables' padding.
+
+  Args:
+    tables: [R, d] per Engram layer.
+    hashing: the model's.
+    name: of the format.
+
+  Raises:
+    InputError: tables of another hash, an unknown format or one that does not
+      take their width.
+  """
+  require_tables(tables, hashing)
+  row_format = RowFormat(name, next(iter(tables.values())).shape[1])
+  packed = {}
+  for layer, rows in hashing.num_rows.items():
+    out = np.empty((rows, row_format.bytes_per_row), np.uint8)
+    for start in range(0, rows, _CHUNK):
+      part = tables[layer][start : min(start + _CHUNK, rows)]
+      out[start : start + len(part)] = _pack(part, row_format)
+    packed[layer] = out
+  return packed, row_format

@@ -1,0 +1,78 @@
+"""The flags that say where a trained model's rows are read from."""
+
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from engram_jax.errors import require
+from engram_jax.memory.homes import open_store, reads_a_file
+from engram_jax.memory.quantization import FORMATS
+from engram_jax.memory.stores import RowStore
+from engram_jax.training.runs import TrainedModel, load_run
+
+
+def define_store() -> Callable[[], dict[str, Any]]:
+  """Defines the flags; the result gives them as arguments of `load`."""
+  store = flags.DEFINE_string(
+    "store", "device", "Where rows live: device, pinned, host or file:PATH."
+  )
+  row_format = flags.DEFINE_enum(
+    "row_format", None, FORMATS, "To pack the checkpoint's rows in for it."
+  )
+  cache = flags.DEFINE_float(
+    "cache_mib", 0.0, "Rows kept on the device before the store; 0 for none."
+  )
+  return lambda: {
+    "home": store.value,
+    "row_format": row_format.value,
+    "cache_mib": cache.value,
+  }
+
+
+def define_prefetch() -> flags.FlagHolder:
+  """Whether a thread reads ahead of the model."""
+  return flags.DEFINE_bool(
+    "prefetch", True, "Read a store's rows while the device computes."
+  )
+
+
+def load(
+  workdir: str,
+  *,
+  step: int | None = None,
+  home: str = "device",
+  row_format: str | None = None,
+  cache_mib: float = 0.0,
+) -> tuple[TrainedModel, RowStore | None]:
+  """A trained model, and the store of its rows.
+
+  Args:
+    workdir: the run's folder.
+    step: of the checkpoint; None for the newest.
+    home: see `homes.py`. With a file the checkpoint's tables are not read.
+    row_format: see `open_store`.
+    cache_mib: of rows kept on the device before the store.
+
+  Returns:
+    The store is None where nothing is asked for but the device: rows are then
+    read from the tables.
+
+  Raises:
+    InputError: what `load_run` and `open_store` refuse; a store for a model
+      without memory.
+  """
+  trained = load_run(workdir, step=step, tables=not reads_a_file(home))
+  if home == "device" and row_format is None and not cache_mib:
+    return trained, None
+  valid = "device, without row_format and cache_mib: the model has no memory"
+  require(trained.hashing is not None, "store", home, valid)
+  store = open_store(
+    home,
+    trained.tables or None,
+    trained.hashing,
+    row_format=row_format,
+    compression_digest=trained.compression.digest,
+    cache_bytes=int(cache_mib * 2**20),
+  )
+  return trained, store

@@ -1,0 +1,296 @@
+"""Decoding from any home of the rows, with the bits of the tables' own."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.decoding import decoders
+from engram_jax.decoding.decoders import (
+  StoreDecoder,
+  TableDecoder,
+  last_ids,
+)
+from engram_jax.decoding.generate import generate, generate_all, pad_prompts
+from engram_jax.errors import InputError
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.homes import open_store, pack_tables
+from engram_jax.memory.prefetch import Prefetcher
+from engram_jax.memory.quantization import unpack_rows
+from engram_jax.memory.row_file_headers import Header
+from engram_jax.memory.row_files import write_row_file
+
+KEY = jax.random.key(0)
+PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
+HOMES = ("device", "pinned", "host", "file")
+STEPS, CAPACITY = 4, 16
+
+
+@pytest.fixture
+def open_home(tiny_wide, tmp_path):
+  """Opens the model's rows in one of the homes."""
+
+  def open_it(home, name="float32", *, rows=0, tiny=tiny_wide):
+    tables, digest = tiny.tables, tiny.compression.digest
+    packed, row_format = pack_tables(tables, tiny.hashing, name)
+    if home == "file":
+      path = tmp_path / "rows"
+      chunks = {layer: [x] for layer, x in packed.items()}
+      header = Header(row_format, tiny.hashing.num_rows, tiny.hashing, digest)
+      write_row_file(path, chunks, header)
+      home, tables, name = f"file:{path}", None, None
+    return open_store(
+      home,
+      tables,
+      tiny.hashing,
+      row_format=name,
+      compression_digest=digest,
+      cache_bytes=rows * row_format.bytes_per_row * 2,
+    )
+
+  return open_it
+
+
+def with_rows_of(tiny, name):
+  """The model with tables that hold what the format leaves of their rows."""
+  packed, row_format = pack_tables(tiny.tables, tiny.hashing, name)
+  tables = {
+    layer: jnp.asarray(unpack_rows(x, row_format))
+    for layer, x in packed.items()
+  }
+  return dataclasses.replace(tiny, tables=tables)
+
+
+def bits(decoder):
+  """Everything that some steps leave behind, as integers."""
+  state, found = decoder.init_state(len(PROMPTS), CAPACITY), []
+  logits, state = decoder.start(state, *pad_prompts(PROMPTS, vocab_size=24))()
+  found.append(np.asarray(logits))
+  for _ in range(STEPS):
+    tokens = jnp.argmax(logits[:, 1:24], axis=-1).astype(jnp.int32) + 1
+    logits, state = decoder.start(state, tokens)()
+    found.append(np.asarray(logits))
+  # Of the slots beyond a sequence's end nobody reads what padding has left.
+  is_read = np.arange(CAPACITY) < np.asarray(state.cache.lengths)[:, None]
+  for cache in jax.tree.leaves(state.cache.attention):
+    found.append(np.where(is_read[..., None], cache, 0))
+  found += map(
+    np.asarray,
+    jax.tree.leaves(state._replace(cache=state.cache._replace(attention=()))),
+  )
+  return [x.view(np.int32) for x in found]
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_wide):
+  """What the tables give, by the format of their rows."""
+  known = {}
+
+  def of(name):
+    if name not in known:
+      known[name] = bits(TableDecoder(*with_rows_of(tiny_wide, name).parts))
+    return known[name]
+
+  return of
+
+
+def parts_of(tiny, rows):
+  return tiny.model, rows, tiny.hashing, tiny.compression
+
+
+def assert_same(found, expected):
+  assert len(found) == len(expected)
+  for one, other in zip(found, expected):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("home", HOMES)
+def test_every_home_gives_the_bits_of_the_tables(
+  tiny_wide, open_home, resident, home, prefetch
+):
+  store = open_home(home)
+  if not prefetch:
+    decoder = StoreDecoder(*parts_of(tiny_wide, store))
+    return assert_same(bits(decoder), resident("float32"))
+  with Prefetcher(store, tiny_wide.hashing) as rows:
+    decoder = StoreDecoder(*parts_of(tiny_wide, rows))
+    assert_same(bits(decoder), resident("float32"))
+  assert store.statistics.reads == 1 + STEPS
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "fp8", "int8"])
+def test_every_format_gives_the_bits_of_tables_of_its_numbers(
+  tiny_wide, open_home, resident, name
+):
+  with Prefetcher(open_home("host", name), tiny_wide.hashing) as rows:
+    found = bits(StoreDecoder(*parts_of(tiny_wide, rows)))
+  assert_same(found, resident(name))
+  assert any((x != y).any() for x, y in zip(found, resident("float32")))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 1000])
+def test_a_cache_before_a_home_changes_nothing(
+  tiny_wide, open_home, resident, rows
+):
+  store = open_home("file", "fp8", rows=rows)
+  with Prefetcher(store, tiny_wide.hashing) as prefetcher:
+    found = bits(StoreDecoder(*parts_of(tiny_wide, prefetcher)))
+  assert_same(found, resident("fp8"))
+  layer = store.by_layer[1]
+  assert layer.misses > 0 and (layer.hits > 0 or rows == 1)
+
+
+def test_the_step_is_compiled_once_whatever_is_read(tiny_wide, open_home):
+  decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
+  bits(decoder)
+  programs = (decoders._begin, decoders._finish)
+  sizes = [program._cache_size() for program in programs]
+  state = decoder.init_state(3, CAPACITY)
+  for tokens in ([1, 1, 1], [1, 2, 3], [7, 7, 19], [9, 4, 2]):
+    _, state = decoder.start(state, np.array(tokens, np.int32))()
+  assert [program._cache_size() for program in programs] == sizes
+
+
+def test_generate_takes_a_store(tiny_wide, open_home):
+  options = {"max_new_tokens": 5, "key": KEY, "temperature": 1.5}
+  expected = generate_all(*tiny_wide.parts, PROMPTS, **options)
+  parts = parts_of(tiny_wide, None)
+  for prefetch in (True, False):
+    found = generate_all(
+      *parts, PROMPTS, store=open_home("host"), prefetch=prefetch, **options
+    )
+    assert found == expected
+  assert not threads()
+  off = generate_all(*tiny_wide.parts, PROMPTS, memory="off", **options)
+  store = open_home("host")
+  assert off == generate_all(
+    *parts, PROMPTS, memory="off", store=store, **options
+  )
+  assert store.statistics.reads == 0
+
+
+def threads():
+  every = threading.enumerate()
+  return [t for t in every if t.name.startswith("engram-prefetch")]
+
+
+class Failing:
+  """A store that fails at its third read."""
+
+  def __init__(self, store):
+    self._store, self._reads = store, 0
+    self.row_format, self.num_rows = store.row_format, store.num_rows
+    self.statistics = store.statistics
+
+  def read(self, row_ids, *, buffers=None):
+    self._reads += 1
+    if self._reads == 3:
+      raise OSError("the network is gone")
+    return self._store.read(row_ids, buffers=buffers)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_failing_store_is_heard_of_and_leaves_no_thread(
+  tiny_wide, open_home, prefetch
+):
+  steps = generate(
+    *parts_of(tiny_wide, None),
+    PROMPTS,
+    max_new_tokens=9,
+    key=KEY,
+    store=Failing(open_home("host")),
+    prefetch=prefetch,
+  )
+  assert not threads()
+  next(steps)
+  with pytest.raises(OSError, match="the network is gone"):
+    list(steps)
+  assert not threads()
+
+
+def test_whoever_stops_early_leaves_no_thread(tiny_wide, open_home):
+  steps = generate(
+    *parts_of(tiny_wide, None),
+    PROMPTS,
+    max_new_tokens=9,
+    key=KEY,
+    store=open_home("host"),
+  )
+  next(steps)
+  assert threads()
+  steps.close()
+  assert not threads()
+
+
+def test_the_history_on_the_host_hashes_as_that_on_the_device(tiny_wide):
+  hashing, random = tiny_wide.hashing, np.random.default_rng(0)
+  on_host = np.asarray(hashing.empty_history(4))
+  on_device = jnp.asarray(on_host)
+
+  @jax.jit
+  def step(canonical, history, lengths):
+    ids = hashing.hash(canonical, history=history)
+    return ids, hashing.next_history(
+      canonical, history=history, lengths=lengths
+    )
+
+  for _ in range(6):
+    canonical = random.integers(0, 12, (4, 3)).astype(np.int32)
+    canonical[random.random(canonical.shape) < 0.2] = -1  # not text
+    lengths = random.integers(1, 4, 4).astype(np.int32)
+    expected, on_device = step(canonical, on_device, lengths)
+    for layer, ids in expected.items():
+      found = hashing.row_ids_numpy(canonical, layer, history=on_host)
+      np.testing.assert_array_equal(found, ids)
+    on_host = last_ids(canonical, on_host, lengths)
+  assert on_host.dtype == np.int32 and on_host.shape == (4, 2)
+
+
+def test_refusals_by_name(tiny, tiny_wide, open_home):
+  def refused(match):
+    return pytest.raises(InputError, match=match)
+
+  with refused("store: disk; valid: device, pinned, host or file:PATH"):
+    open_store("disk", tiny_wide.tables, tiny_wide.hashing)
+  with refused("row file: .*nowhere; valid: an existing file"):
+    open_store("file:nowhere", None, tiny_wide.hashing)
+  with refused("tables: None; valid: the tables to be kept on host"):
+    open_store("host", None, tiny_wide.hashing)
+  with refused("width: 4; valid: a positive multiple of 32 for fp8"):
+    open_store("host", tiny.tables, tiny.hashing, row_format="fp8")
+  with refused("cache_bytes: -1; valid: 0 for none"):
+    open_store("host", tiny.tables, tiny.hashing, cache_bytes=-1)
+  with refused("capacity_bytes: 5; valid: at least 32 bytes, a row in each"):
+    open_store("host", tiny.tables, tiny.hashing, cache_bytes=5)
+
+  path = open_home("file", "int8").file.path
+  with refused("row_format: fp8; valid: int8, the file's, or none"):
+    open_store(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
+  with refused("compression_digest of .*rows: "):
+    open_store(
+      f"file:{path}", None, tiny_wide.hashing, compression_digest="0" * 64
+    )
+  other = NgramHash.create(
+    vocab_size=12,
+    rows_per_head=(60, 70),
+    heads=2,
+    layers=(1, 2),
+    pad_id=0,
+    seed=1,
+  )
+  with refused(r"hash\.multipliers of .*rows: .*; valid: "):
+    open_store(f"file:{path}", None, other)
+  with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
+    StoreDecoder(*parts_of(tiny, open_home("host")))
+  with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
+    generate(
+      *parts_of(tiny, None),
+      PROMPTS,
+      max_new_tokens=1,
+      key=KEY,
+      store=open_home("host"),
+    )
