@@ -357,22 +357,30 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     )
 
 
+_FLAGS = cli.flag_values(__name__)
 _TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "", "File; the V4 one if not set."
+  "tokenizer", "", "File; the V4 one if not set.", flag_values=_FLAGS
 )
-_CORPORA = flags.DEFINE_list("corpora", list(CORPORA), "Of code and prose.")
-_FOLDER = flags.DEFINE_string("folder", "", "Another corpus.")
-_GLOB = flags.DEFINE_list("glob", ["*.md", "*.rst", "*.txt"], "Its files.")
+_CORPORA = flags.DEFINE_list(
+  "corpora", list(CORPORA), "Of code and prose.", flag_values=_FLAGS
+)
+_FOLDER = flags.DEFINE_string(
+  "folder", "", "Another corpus.", flag_values=_FLAGS
+)
+_GLOB = flags.DEFINE_list(
+  "glob", ["*.md", "*.rst", "*.txt"], "Its files.", flag_values=_FLAGS
+)
 _TOKENS = flags.DEFINE_integer(
-  "max_tokens", 2_000_000, "Of each corpus.", lower_bound=2
+  "max_tokens", 2_000_000, "Of each corpus.", lower_bound=2, flag_values=_FLAGS
 )
 _DOCUMENTS = flags.DEFINE_integer(
-  "documents", 64, "Decoded at a time.", lower_bound=1
+  "documents", 64, "Decoded at a time.", lower_bound=1, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string(
   "out",
   str(ROOT / "experiments/results/cache_study.json"),
   "JSON; .png and _orders.png beside it.",
+  flag_values=_FLAGS,
 )
 
 

@@ -31,10 +31,24 @@ def as_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
   return convert(to_dict(config))
 
 
-def define_config() -> flags.FlagHolder:
+def flag_values(module: str) -> flags.FlagValues:
+  """Where a program that others import too defines its flags.
+
+  The flags of the command line, if `module` (its `__name__`) is the program
+  that runs; else apart, so that two programs may have flags of one name.
+  """
+  return flags.FLAGS if module == "__main__" else flags.FlagValues()
+
+
+def define_config(
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> flags.FlagHolder:
   """The flag `--config=FILE.py`, whose fields are flags too."""
   return config_flags.DEFINE_config_file(
-    "config", None, "Config file; override a field by --config.train.steps=10"
+    "config",
+    None,
+    "Config file; override a field by --config.train.steps=10",
+    flag_values=flag_values,
   )
 
 

@@ -54,30 +54,50 @@ from experiments import cli, pod_report
 from experiments.configs.preset import chosen, experiment_of
 from experiments.results import write_result
 
-_CONFIG = cli.define_config()
+_FLAGS = cli.flag_values(__name__)
+_CONFIG = cli.define_config(_FLAGS)
 _PRESET = flags.DEFINE_string(
-  "preset", None, "Instead of --config: a model of engram_jax/presets.py."
+  "preset",
+  None,
+  "Instead of --config: a model of engram_jax/presets.py.",
+  flag_values=_FLAGS,
 )
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "A TPU slice, e.g. v5p:4x4x8 or v6e:16x16; or cpu:N."
+  "topology",
+  None,
+  "A TPU slice, e.g. v5p:4x4x8 or v6e:16x16; or cpu:N.",
+  flag_values=_FLAGS,
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file for the result.")
+_OUT = flags.DEFINE_string(
+  "out", None, "JSON file for the result.", flag_values=_FLAGS
+)
 _WITHOUT = flags.DEFINE_bool(
-  "without_memory", False, "Compile the same model without a memory too."
+  "without_memory",
+  False,
+  "Compile the same model without a memory too.",
+  flag_values=_FLAGS,
 )
 _COMPARE = flags.DEFINE_string(
-  "compare_with", None, "Compile this preset too, at equal chips and batch."
+  "compare_with",
+  None,
+  "Compile this preset too, at equal chips and batch.",
+  flag_values=_FLAGS,
 )
 _PER_CHIP = flags.DEFINE_integer(
-  "batch_per_chip", None, "Sequences of one step on one chip.", lower_bound=1
+  "batch_per_chip",
+  None,
+  "Sequences of one step on one chip.",
+  lower_bound=1,
+  flag_values=_FLAGS,
 )
 _ACCUMULATION = flags.DEFINE_integer(
   "accumulation",
   None,
   "Microbatches of one step; 1 with --batch_per_chip, else the config's.",
   lower_bound=1,
+  flag_values=_FLAGS,
 )
-flags.mark_flag_as_required("topology")
+flags.mark_flag_as_required("topology", flag_values=_FLAGS)
 
 #: Memory of one chip in GiB, by Google's pages of the TPU generations. The
 #: compiler itself leaves some hundred MiB of it to the runtime.

@@ -28,11 +28,20 @@ from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.training.runs import TrainedModel, load_run
 from experiments import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
-_FORMAT = flags.DEFINE_enum("format", "fp8", FORMATS, "Of the packed rows.")
-_OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
-flags.mark_flags_as_required(["workdir", "output"])
+_FLAGS = cli.flag_values(__name__)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", flag_values=_FLAGS
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Checkpoint; the newest if not set.", flag_values=_FLAGS
+)
+_FORMAT = flags.DEFINE_enum(
+  "format", "fp8", FORMATS, "Of the packed rows.", flag_values=_FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "The file to write.", flag_values=_FLAGS
+)
+flags.mark_flags_as_required(["workdir", "output"], flag_values=_FLAGS)
 
 #: Rows that are packed at a time.
 CHUNK = 2**16
