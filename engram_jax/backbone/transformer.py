@@ -232,11 +232,12 @@ class Transformer(nnx.Module):
     config = self.config
     memory = config.engram
     layers = () if memory is None else memory.layers
-    attention = (self.dense_blocks or self.moe_blocks).attention
+    blocks = self.dense_blocks or self.moe_blocks
+    one = blocks[0] if isinstance(blocks, nnx.List) else blocks
     return ModelCache(
       lengths=jnp.zeros(batch, jnp.int32),
       attention=tuple(
-        attention.init_cache(batch, capacity, config.dtype)
+        one.attention.init_cache(batch, capacity, config.dtype)
         for _ in range(config.num_layers)
       ),
       conv={layer: init_conv_state(memory, batch) for layer in layers},
@@ -418,7 +419,9 @@ class Transformer(nnx.Module):
     dispatch: str | None,
   ) -> tuple[Begun, ModelCache | None]:
     """The pass, and the cache, after the blocks of a span."""
-    graph, stack = nnx.split(getattr(self, span.kind))
+    blocks = getattr(self, span.kind)
+    apart = isinstance(blocks, nnx.List)  # see `decoding.weights`
+    graph, stack = nnx.split(blocks[0] if apart else blocks)
     context = dict(
       positions=begun.positions, segments=begun.segments, dispatch=dispatch
     )
@@ -429,7 +432,7 @@ class Transformer(nnx.Module):
       return nnx.merge(graph, weights)(streams, cache=cache, **context)
 
     streams, moe = begun.streams, list(begun.moe)
-    if cache is None and self.config.scan_blocks:
+    if cache is None and self.config.scan_blocks and not apart:
 
       def step(streams, weights):
         streams, _, metrics = block(streams, weights, None)
@@ -450,7 +453,8 @@ class Transformer(nnx.Module):
     for i in range(span.start, span.stop):
       at = first + i
       here = None if cache is None else caches[at]
-      streams, here, metrics = block(streams, _at(stack, i), here)
+      weights = nnx.state(blocks[i]) if apart else _at(stack, i)
+      streams, here, metrics = block(streams, weights, here)
       if cache is not None:
         caches[at] = here
       if metrics is not None:

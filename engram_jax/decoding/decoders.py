@@ -31,6 +31,7 @@ from engram_jax.decoding.state import (
   init_state,
   look_up,
 )
+from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NO_TOKEN, NgramHash
 from engram_jax.memory.prefetch import (
@@ -95,7 +96,7 @@ class TableDecoder:
     hashing: NgramHash | None,
     compression: TokenCompression | None,
   ):
-    self._model, self._hashing = model, hashing
+    self._model, self._hashing = for_decoding(model), hashing
     self._memory = (tables, hashing, compression)
 
   def init_state(self, batch: int, capacity: int) -> DecodeState:
@@ -138,7 +139,7 @@ class StoreDecoder:
     hashing: NgramHash,
     compression: TokenCompression,
   ):
-    self._model, self._rows = model, rows
+    self._model, self._rows = for_decoding(model), rows
     self._hashing, self._compression = hashing, compression
     self._buffers = Buffers()
     store = rows.store if isinstance(rows, Prefetcher) else rows
