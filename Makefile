@@ -39,7 +39,8 @@ train: $(VENV)/.installed-train
 	  --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

@@ -81,9 +81,14 @@ def read_to_device(
   """
   rows = store.read(row_ids, buffers=buffers)
   leaves = jax.tree.leaves(rows)
-  if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-    rows = to_device(rows, device)
-  return _row_for_each_id(rows)
+  if all(isinstance(leaf, jax.Array) for leaf in leaves):
+    return _row_for_each_id(rows)
+  if any(inverse is None for inverse in rows.inverse.values()):
+    return _row_for_each_id(to_device(rows, device))
+  # Gathering copies them: they need no other memory of their own before. The
+  # buffers are read until it is done.
+  rows = _row_for_each_id(jax.device_put(rows, device))
+  return jax.block_until_ready(rows)
 
 
 @jax.jit
