@@ -21,8 +21,9 @@ from absl import flags
 from engram_jax.data.pipeline import held_out_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
+from engram_jax.files import write_whole
 from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.runs import RunFolder, write_whole
+from engram_jax.training.runs import RunFolder
 from experiments import cli, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

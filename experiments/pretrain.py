@@ -29,11 +29,11 @@ from engram_jax.analysis.plots import plot_gates, plot_loss
 from engram_jax.data.pipeline import windows
 from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import generate_all
+from engram_jax.files import write_whole
 from engram_jax.training import processes
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import RunResult, evaluation_batches, run
 from engram_jax.training.metrics import read_metrics
-from engram_jax.training.runs import write_whole
 from experiments import cli
 
 _CONFIG = cli.define_config()

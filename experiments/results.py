@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from engram_jax.training.runs import write_whole
+from engram_jax.files import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")

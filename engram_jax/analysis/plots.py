@@ -7,7 +7,6 @@ user's backend are never touched. A file appears whole or not at all.
 import io
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from matplotlib.figure import Figure
 
 from engram_jax.analysis.gate_pages import gate_pages
 from engram_jax.analysis.text_layout import layout_tokens
-from engram_jax.errors import InputError, require
+from engram_jax.errors import require
+from engram_jax.files import whole_file
 
 DPI = 150
 #: Width and height of the plots with two axes, in inches.
@@ -272,19 +272,5 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
   require(path.suffix == ".png", "path", path, "a file name that ends in .png")
   buffer = io.BytesIO()
   FigureCanvasAgg(figure).print_png(buffer)
-  try:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-  except OSError as error:
-    raise InputError(
-      "path", path, f"a file in a writable folder ({error.strerror})"
-    ) from None
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(buffer.getvalue())
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp's 0o600 would shut out other users
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with whole_file(path) as file:
+    file.write(buffer.getvalue())

@@ -9,13 +9,13 @@ what a document says cannot move the boundaries between documents.
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engram_jax.errors import InputError, require
+from engram_jax.files import write_whole
 
 PAD_TOKEN, PAD_ID = "<|pad|>", 0
 END_TOKEN, END_ID = "<|endoftext|>", 1
@@ -64,18 +64,7 @@ def save_tokenizer(
   tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]
 ) -> None:
   """Writes the tokenizer to `path`, whole or not at all."""
-  path = pathlib.Path(path)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(tokenizer.to_str(pretty=True))
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp's 0o600 would shut out other users
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  write_whole(path, tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:

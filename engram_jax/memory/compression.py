@@ -17,7 +17,6 @@ Axes: V, token ids; V' (`size`), canonical ids.
 import dataclasses
 import hashlib
 import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from engram_jax.errors import (
   require,
   require_in_range,
 )
+from engram_jax.files import whole_file
 
 NON_TEXT_ID = -1
 _FORMAT = "engram_jax.TokenCompression/1"
@@ -220,25 +220,16 @@ class TokenCompression:
     meanwhile finds the old one.
 
     Raises:
-      InputError: the folder does not exist.
+      InputError: the folder does not exist, or cannot be written to.
     """
-    path = Path(path)
-    require(path.parent.is_dir(), "path", path, "a file in an existing folder")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-      with open(temporary, "xb") as file:
-        np.savez_compressed(
-          file,
-          format=np.array(_FORMAT),
-          canonical_ids=self.canonical_ids.astype("<i4"),
-          size=np.array(self.size, "<i4"),
-          digest=np.array(self.digest),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+      np.savez_compressed(
+        file,
+        format=np.array(_FORMAT),
+        canonical_ids=self.canonical_ids.astype("<i4"),
+        size=np.array(self.size, "<i4"),
+        digest=np.array(self.digest),
+      )
 
   @classmethod
   def load(

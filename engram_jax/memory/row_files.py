@@ -25,7 +25,6 @@ survived by its readers: a mapping gets SIGBUS.)
 import mmap
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from engram_jax.errors import InputError, require
+from engram_jax.files import whole_file
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_file_headers import Header, read_header
 
@@ -60,29 +60,14 @@ def write_row_file(
   layers = list(header.num_rows)
   found = list(chunks)
   require(sorted(found) == sorted(layers), "chunks", found, f"layers {layers}")
-  try:
-    handle, temporary = tempfile.mkstemp(
-      dir=path.parent, prefix=f".{path.name}"
-    )
-  except OSError as error:
-    valid = f"a file in a writable folder ({error.strerror})"
-    raise InputError("path", path, valid) from None
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(header.encode())
-      checksums = []
-      for layer in layers:
-        for block in _blocks(chunks[layer], header, layer):
-          file.write(block)
-          checksums.append(zlib.crc32(block))
-      file.write(_checksum_table(checksums))
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp's 0o600 would shut out other users
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with whole_file(path) as file:
+    file.write(header.encode())
+    checksums = []
+    for layer in layers:
+      for block in _blocks(chunks[layer], header, layer):
+        file.write(block)
+        checksums.append(zlib.crc32(block))
+    file.write(_checksum_table(checksums))
 
 
 def _checksum_table(checksums: list[int]) -> bytes:

@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from engram_jax.backbone.transformer import Transformer
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.tokenizers import load_tokenizer
 from engram_jax.errors import InputError, require
+from engram_jax.files import whole_file, write_whole
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
@@ -107,13 +107,6 @@ class TrainedModel:
   compression: TokenCompression | None
   tokenizer: tokenizers.Tokenizer
   program: Program
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a text file that appears whole or not at all."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  partial.write_text(text)
-  os.replace(partial, path)
 
 
 def open_folder(
@@ -198,9 +191,8 @@ def save_tokenizer_of_run(
 ) -> None:
   """Puts tokenizer and compression into the folder, each whole."""
   if not folder.tokenizer.exists():
-    partial = folder.tokenizer.with_suffix(".tmp")
-    shutil.copyfile(source, partial)
-    os.replace(partial, folder.tokenizer)
+    with whole_file(folder.tokenizer) as file:
+      file.write(source.read_bytes())
   if compression is not None and not folder.compression.exists():
     compression.save(folder.compression)
 

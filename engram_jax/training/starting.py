@@ -21,11 +21,12 @@ import jax.numpy as jnp
 
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
+from engram_jax.files import write_whole
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.json_values import first_difference, plain
 from engram_jax.training.program import Program
-from engram_jax.training.runs import RunFolder, abstract_state, write_whole
+from engram_jax.training.runs import RunFolder, abstract_state
 from engram_jax.training.state import TrainState
 
 #: Constants in which the two runs may differ, with all that is below them. Of

@@ -339,7 +339,7 @@ def test_save_that_fails_keeps_the_old_file(small, tmp_path, monkeypatch):
 
 
 def test_save_refuses_a_missing_folder(small, tmp_path):
-  with pytest.raises(InputError, match=r"^path: .*existing folder"):
+  with pytest.raises(InputError, match=r"^path: .*writable folder"):
     small.save(tmp_path / "missing" / "map")
 
 

@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all, whatever ends the writer."""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from engram_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """A new file to be written, which takes its name when all of it is on disk.
+
+  Until then another process finds the old file, or none; if the body raises,
+  nothing has changed.
+
+  Args:
+    path: the file, in a folder that exists.
+
+  Raises:
+    InputError: a folder that is missing or cannot be written to.
+  """
+  path = pathlib.Path(path)
+  try:
+    handle, partial = tempfile.mkstemp(
+      dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
+  except OSError as error:
+    valid = f"a file in a writable folder ({error.strerror})"
+    raise InputError("path", path, valid) from None
+  try:
+    with os.fdopen(handle, "wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(partial, 0o644)  # mkstemp's 0o600 would shut out other users
+    os.replace(partial, path)
+  except BaseException:
+    os.unlink(partial)
+    raise
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+  """Writes a text file, in UTF-8; see `whole_file`."""
+  with whole_file(path) as file:
+    file.write(text.encode())
