@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 
 from engram_jax.errors import InputError
+from engram_jax.memory import stores
 from engram_jax.memory.quantization import (
   FORMATS,
   RowFormat,
@@ -184,6 +186,20 @@ def test_a_program_reads_and_unpacks_in_one(make, home):
   for layer, rows in found.items():
     same_bits(rows, outside[layer])
   assert store.statistics.reads == 1  # that of the program is not counted
+
+
+def test_a_pinned_table_in_a_layout_is_put_there_by_pieces(monkeypatch):
+  monkeypatch.setattr(stores, "_CHUNK", 100)  # several, the last short
+  (device, *_) = jax.local_devices()
+  layout = Layout(major_to_minor=(0, 1), tiling=((1,),))
+  home = Format(layout, stores.pinned_format(device).sharding)
+  packed, _ = packed_tables()
+  table = stores._pin(packed[14], home)
+  assert table.format == home
+  np.testing.assert_array_equal(table, packed[14])
+  ids = row_ids()[14]
+  found = stores.gather_on_host(table, jnp.asarray(ids))
+  np.testing.assert_array_equal(found, packed[14][ids])
 
 
 def test_pinned_tables_stay_in_host_memory(make):

@@ -1,0 +1,342 @@
+"""The inference step with its tables in a TPU's host memory, compiled.
+
+  python -m experiments.benchmarks.pinned_tpu
+  python -m experiments.benchmarks.pinned_tpu --presets=medium \
+    --topologies=v6e:2x2
+
+One program is a whole step of decoding, of a chunk of a prompt or of one token
+each, on one chip of the topology:
+
+  hash, gather of packed rows, unpack, model
+
+The packed tables are its arguments, in one of two homes: the chip's memory, or
+pinned host memory, where the host's processor gathers the rows in the midst of
+the program. Nothing runs and nothing is allocated; libtpu (`pip install
+libtpu`) compiles on any Linux machine. The figures are the compiler's: what the
+program's arguments and temporaries take on the chip and on the host.
+
+To reach: with pinned tables every step compiles, the arguments on the host are
+the tables' bytes, and no table is copied. Whether tables in the chip's memory
+fit is told beside it. Weights are as decoders have them
+(`decoding/weights.py`).
+"""
+
+import functools
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from jax.experimental.layout import Format
+from jax.sharding import Sharding
+
+from engram_jax.analysis import compiled as analysis
+from engram_jax.decoding.decoders import Decoded
+from engram_jax.decoding.state import (
+  DecodeState,
+  begin,
+  check_state,
+  finish,
+  init_state,
+)
+from engram_jax.decoding.weights import for_decoding
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.quantization import FORMATS, RowFormat
+from engram_jax.memory.stores import (
+  PackedRows,
+  gather_on_host,
+  pinned_format,
+  unpack,
+)
+from engram_jax.memory.table import lookup
+from engram_jax.run_config import ExperimentConfig
+from engram_jax.training.state import abstract_model
+from experiments.benchmarks import harness
+from experiments.compile_for_pod import HBM_GIB, devices_of, make_program
+from experiments.configs.preset import experiment_of
+
+#: How each home's rows are read in a program.
+GATHERS = {"device": lookup, "pinned": gather_on_host}
+#: An untiled table is rounded up to so many bytes.
+ROUNDED = 1024
+
+Step = Callable[..., Decoded]
+
+
+def make_step(
+  hashing: NgramHash,
+  compression: TokenCompression,
+  row_format: RowFormat,
+  *,
+  home: str,
+) -> Step:
+  """A jitted `prefill` of packed tables in a home of `GATHERS`.
+
+  Its arguments are model, tables (uint8 [R, n] per layer), state, token ids
+  [B, L] and lengths [B]; the state is donated.
+  """
+  gather = GATHERS[home]
+
+  @functools.partial(jax.jit, donate_argnames="state")
+  def step(model, tables, state, token_ids, lengths):
+    check_state(hashing, compression, state)
+    canonical = compression(token_ids)
+    row_ids = hashing.hash(canonical, history=state.history)
+    packed = {layer: gather(tables[layer], i) for layer, i in row_ids.items()}
+    rows = unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
+    begun, cache = begin(model, state.cache, token_ids)
+    logits, cache = finish(model, begun, cache, rows, lengths)
+    history = hashing.next_history(
+      canonical, history=state.history, lengths=lengths
+    )
+    return logits, DecodeState(cache, history)
+
+  return step
+
+
+def abstract_arguments(
+  config: ExperimentConfig,
+  hashing: NgramHash,
+  row_format: RowFormat,
+  *,
+  home: str,
+  device: jax.Device,
+  batch: int,
+  tokens: int,
+  capacity: int,
+) -> tuple[Any, ...]:
+  """Shapes, dtypes and places of a step's arguments on one device."""
+  there = pinned_format(device)
+
+  def placed(tree: Any, place: Format | Sharding) -> Any:
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+  graph, params, balance = abstract_model(config.model)
+  model = nnx.merge(graph, params, balance)
+  model = jax.eval_shape(for_decoding, model)
+  state = jax.eval_shape(
+    lambda model: init_state(model, hashing, batch=batch, capacity=capacity),
+    model,
+  )
+  size = row_format.bytes_per_row
+  tables = {
+    layer: jax.ShapeDtypeStruct((rows, size), jnp.uint8)
+    for layer, rows in hashing.num_rows.items()
+  }
+  ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+  lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  here = there.sharding.with_memory_kind("device")
+  tables = placed(tables, there if home == "pinned" else here)
+  model, state, ids, lengths = placed((model, state, ids, lengths), here)
+  return model, tables, state, ids, lengths
+
+
+def bytes_of(tree: Any) -> int:
+  return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_step(
+  config: ExperimentConfig,
+  *,
+  device: jax.Device,
+  home: str,
+  tokens: int,
+  batch: int,
+  capacity: int,
+  row_format: str,
+) -> dict[str, Any]:
+  """Compiles one step, and reads off what it takes.
+
+  Args:
+    config: of a model with a memory.
+    device: to compile for.
+    home: of `GATHERS`.
+    tokens: L.
+    batch: B.
+    capacity: tokens of one sequence in the cache.
+    row_format: of `FORMATS`.
+
+  Returns:
+    `model_bytes`, `tables_bytes` and `state_bytes` as they are; `fits`, the
+    compiler's word, with its `refusal`; else `memory` on the device (its
+    `peak` with the host's arguments) and `host_memory`, in bytes, and how many
+    `copies_of_tables` on the device each step makes.
+  """
+  program = make_program(config, None)
+  hashing = program.hashing
+  fmt = RowFormat(row_format, config.model.engram.head_dim)
+  arguments = abstract_arguments(
+    config,
+    hashing,
+    fmt,
+    home=home,
+    device=device,
+    batch=batch,
+    tokens=tokens,
+    capacity=capacity,
+  )
+  model, tables, state, *_ = arguments
+  found = {
+    "home": home,
+    "tokens": tokens,
+    "model_bytes": bytes_of(model),
+    "state_bytes": bytes_of(state),
+    "tables_bytes": bytes_of(tables),
+  }
+  step = make_step(hashing, program.compression, fmt, home=home)
+  lowered = step.trace(*arguments).lower(lowering_platforms=(device.platform,))
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    refusal = " ".join(str(error).split("\n", 1)[0].split())
+    return {**found, "fits": False, "refusal": refusal}
+  seconds = time.perf_counter() - start
+  memory, listing = compiled.memory_analysis(), compiled.as_text()
+  copies = analysis.copies(listing)
+  host = ("argument", "output", "alias", "temp")
+  return {
+    **found,
+    "fits": True,
+    "compile_seconds": seconds,
+    "memory": analysis.memory_report(compiled),
+    "host_memory": {
+      name: int(getattr(memory, f"host_{name}_size_in_bytes")) for name in host
+    },
+    "copies_of_tables": sum(
+      len(analysis.of_table(copies, rows=rows, width=width, devices=1))
+      for rows, width in {table.shape for table in tables.values()}
+    ),
+  }
+
+
+def holds_tables(record: Mapping[str, Any], tables: int) -> bool:
+  """Whether the arguments on the host are that many tables and nothing else."""
+  more = record["host_memory"]["argument"] - record["tables_bytes"]
+  return 0 <= more < ROUNDED * tables
+
+
+def measure(
+  preset: str, topology: str, **sizes: Any
+) -> tuple[dict[str, Any], ...]:
+  """Both homes, a chunk and a token, on one chip of the topology.
+
+  Args:
+    preset: a model with a memory.
+    topology: see `compile_for_pod`.
+    **sizes: `chunk`, `batch`, `capacity` and `row_format`.
+  """
+  device = devices_of(topology)[0]
+  config, chunk = experiment_of(preset), sizes.pop("chunk")
+  records = []
+  for tokens in (chunk, 1):
+    for home in GATHERS:
+      print(f"{topology}, {preset}, {home}, {tokens} tokens ...", flush=True)
+      record = compile_step(
+        config, device=device, home=home, tokens=tokens, **sizes
+      )
+      if home == "pinned" and record["fits"]:
+        tables = len(config.model.engram.layers)
+        record["host_holds_tables"] = holds_tables(record, tables)
+      chip = {"topology": topology, "device_kind": device.device_kind}
+      hbm = HBM_GIB.get(topology.partition(":")[0])
+      records.append({"preset": preset, **chip, "hbm_gib": hbm, **record})
+  return tuple(records)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+  """For the terminal; GiB."""
+  header = ["model", "chip", "tokens", "tables in", "tables", "weights"]
+  header += ["cache", "fits", "arguments", "temp", "host arguments"]
+  header += ["host temp", "copied", "compile s"]
+
+  def gib(count):
+    return None if count is None else f"{count / harness.GIB:.3f}"
+
+  lines = []
+  for r in records:
+    memory, host = r.get("memory", {}), r.get("host_memory", {})
+    fits = f"{'yes' if r['fits'] else 'NO'}, {r['hbm_gib']}"
+    sizes = [r[f"{name}_bytes"] for name in ("tables", "model", "state")]
+    chip = r["topology"].partition(":")[0]
+    lines.append(
+      [r["preset"], chip, r["tokens"], r["home"], *map(gib, sizes), fits]
+      + [gib(memory.get(name)) for name in ("argument", "temp")]
+      + [gib(host.get(name)) for name in ("argument", "temp")]
+      + [r.get("copies_of_tables"), r.get("compile_seconds")]
+    )
+  refused = [
+    f"{r['preset']} on {r['topology']}, {r['tokens']} tokens, {r['home']}: "
+    f"{r['refusal']}"
+    for r in records
+    if not r["fits"]
+  ]
+  return "\n".join([harness.aligned(header, lines), *refused])
+
+
+def verdict(records: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+  """Whether the targets are reached."""
+  pinned = [r for r in records if r["home"] == "pinned"]
+  fitting = [r for r in pinned if r["fits"]]
+  return {
+    "every_pinned_step_compiles": len(fitting) == len(pinned),
+    "host_holds_tables": all(r["host_holds_tables"] for r in fitting),
+    "no_table_is_copied": not any(r["copies_of_tables"] for r in fitting),
+  }
+
+
+def define_flags() -> None:
+  text = "Of engram_jax/presets.py, with a memory."
+  flags.DEFINE_list("presets", ["medium", "v41_memory"], text)
+  text = "TPU slices; one chip of each is compiled for."
+  flags.DEFINE_list("topologies", ["v5p:2x2x1", "v6e:2x2"], text)
+  flags.DEFINE_enum("row_format", "fp8", FORMATS, "Of the packed rows.")
+  flags.DEFINE_integer("batch", 8, "Sequences.", lower_bound=1)
+  flags.DEFINE_integer("chunk", 256, "Tokens of a chunk.", lower_bound=2)
+  text = "Tokens of a sequence in the cache."
+  flags.DEFINE_integer("capacity", 4096, text, lower_bound=2)
+  out = str(harness.RESULTS / "pinned_tpu.json")
+  flags.DEFINE_string("out", out, "Where it goes.")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  if not jax.config.jax_platforms:
+    # The device compiled for is not one that runs here.
+    jax.config.update("jax_platforms", "cpu")
+  # What does not fit is told below; libtpu would list all of it.
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  args = flags.FLAGS
+  names = ("batch", "chunk", "capacity", "row_format")
+  sizes = {name: args[name].value for name in names}
+  records = [
+    record
+    for preset in args.presets
+    for topology in args.topologies
+    for record in measure(preset, topology, **sizes)
+  ]
+  targets = verdict(records)
+  result = {
+    "libtpu": importlib.metadata.version("libtpu"),
+    **sizes,
+    "targets": targets,
+    "records": records,
+  }
+  title = f"GiB; {args.row_format} rows, {args.batch} sequences"
+  lines = [f"{name}: {value}" for name, value in targets.items()]
+  harness.publish(result, [title, table(records), "\n".join(lines)])
+
+
+if __name__ == "__main__":
+  harness.launch(define_flags, main)

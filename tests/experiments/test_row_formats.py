@@ -1,0 +1,192 @@
+"""Row formats on a model: their errors and losses are what they are called."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from engram_jax.errors import InputError
+from engram_jax.memory.homes import open_store
+from engram_jax.memory.quantization import FORMATS, RowFormat, pack_rows
+from engram_jax.training.evaluation import mean_loss_from_store
+from engram_jax.training.runs import initial_state
+from experiments.benchmarks import row_formats
+from experiments.compile_for_pod import make_program
+from tests.experiments.micro import experiment
+
+#: Of the relative error of normal rows 32 wide.
+BOUNDS = {
+  "float32": (0, 0),
+  "bfloat16": (1e-3, 3e-3),
+  "int8": (3e-3, 8e-3),
+  "fp8": (0.02, 0.04),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_compile_fast_here():
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
+def make_trained(width=32):
+  """A new model, of whose rows every third was moved."""
+  config = experiment()
+  memory = dataclasses.replace(config.model.engram, head_dim=width)
+  model = dataclasses.replace(config.model, engram=memory, moe=None)
+  config = dataclasses.replace(config, model=model)
+  program = make_program(config, None)
+  state = jax.jit(lambda: initial_state(program))()
+  tables = {
+    layer: table.at[::3].multiply(3.0) for layer, table in state.tables.items()
+  }
+  return types.SimpleNamespace(
+    config=config,
+    step=7,
+    model=nnx.merge(program.graph, state.params, state.balance),
+    tables=tables,
+    hashing=program.hashing,
+    compression=program.compression,
+    program=program,
+  )
+
+
+@pytest.fixture(scope="module")
+def trained():
+  return make_trained()
+
+
+@pytest.fixture(scope="module")
+def batches():
+  """Three, the last with fewer targets."""
+  random = np.random.default_rng(0)
+  made = []
+  for targets in (32, 32, 9):
+    tokens = random.integers(0, 300, (2, 17)).astype(np.int32)
+    made.append(
+      {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "breaks": np.zeros((2, 16), np.int8),
+        "loss_mask": (np.arange(32) < targets).reshape(2, 16),
+      }
+    )
+  return made
+
+
+@pytest.fixture(scope="module")
+def found(trained, batches):
+  return row_formats.compare(trained, batches)
+
+
+def test_losses_are_those_of_an_evaluation(trained, batches, found):
+  assert json.loads(json.dumps(found)) == found
+  assert (found["batches"], found["targets"]) == (3, 73)
+  assert found["float32_is_tables"] and found["float32_off_by"] <= 1e-6
+  assert len(set(found["loss"].values())) == 3
+  assert found["worth"] == found["loss"]["off"] - found["loss"]["on"]
+  store = open_store("host", trained.tables, trained.hashing, row_format="fp8")
+  loss = mean_loss_from_store(trained.program, trained.model, store, batches)
+  fp8, float32 = found["formats"]["fp8"], found["formats"]["float32"]
+  assert fp8["loss"] == pytest.approx(loss, rel=1e-6)
+  assert fp8["difference"] == pytest.approx(loss - float32["loss"], abs=1e-6)
+  assert fp8["of_worth"] == pytest.approx(fp8["difference"] / found["worth"])
+  assert float32["difference"] == float32["standard_error"] == 0
+
+
+def test_errors_are_those_of_the_formats(trained, batches, found):
+  assert list(found["formats"]) == list(FORMATS)
+  sizes = [x["bytes_per_row"] for x in found["formats"].values()]
+  assert sizes == [128, 64, 33, 36]
+  for name, (least, most) in BOUNDS.items():
+    errors = found["formats"][name]["error"]
+    assert list(errors) == ["all", "moved", "read"]
+    assert all(least <= error <= most for error in errors.values()), name
+  assert found["shares"]["all"] == 1
+  assert found["shares"]["moved"] == pytest.approx(1 / 3, abs=0.01)
+  # Each of the 73 positions with a target reads four columns.
+  reads = row_formats.reads_of(trained.program, batches)
+  assert {layer: x.sum() for layer, x in reads.items()} == {1: 73 * 4}
+  share = (reads[1] > 0).mean()
+  assert found["shares"]["read"] == pytest.approx(share)
+
+
+def test_errors_are_weighted():
+  fmt = RowFormat("int8", 2)
+  rows = np.array([[127.0, 1.0], [127.0, 1.5], [0.0, 0.0]], np.float32)
+  packed = pack_rows(rows, fmt)
+  weights = {
+    "exact": {3: np.array([1, 0, 1])},
+    "none": {3: np.array([0, 0, 1])},
+  }
+  weights["twice"] = {3: np.array([2, 2, 0])}
+  tables = {3: np.concatenate([rows, rows])}  # padding is left out
+  found = row_formats.errors(tables, {3: packed}, fmt, weights)
+  assert found["exact"] == found["none"] == 0
+  rms = np.sqrt(0.25 / np.square(rows).sum())
+  assert found["twice"] == pytest.approx(rms, rel=1e-6)
+
+
+def test_a_pair_differs_by_its_mean_and_error():
+  base = np.array([[10.0, 10], [20, 10], [3, 10]])
+  losses = base + np.array([[1, 0], [2, 0], [3, 0]])
+  difference, error = row_formats.paired(losses, base)
+  assert difference == pytest.approx(0.2)
+  assert error == pytest.approx(0.1 / np.sqrt(3))
+  assert row_formats.paired(base, base) == (0, 0)
+  # As many nats per token in a batch with fewer targets: no spread.
+  base[2, 1] = 5
+  losses = base + 0.1 * base[:, 1:] * np.array([1, 0])
+  assert row_formats.paired(losses, base) == pytest.approx((0.1, 0))
+
+
+def test_a_run_is_shown_with_its_scale(monkeypatch, batches, tmp_path):
+  def held_out(*_, most, **__):
+    return iter(batches[:most])
+
+  # Of the run's width fp8 cannot be.
+  narrow = make_trained(4)
+  monkeypatch.setattr(row_formats, "FORMATS", ("float32", "fp8"))
+  monkeypatch.setattr(row_formats, "load_run", lambda _: narrow)
+  monkeypatch.setattr(row_formats, "prepare", lambda *_, **__: None)
+  monkeypatch.setattr(row_formats, "held_out_batches", held_out)
+  (tmp_path / "origin.json").touch()  # began as another run: moved is unknown
+  run = row_formats.measure(str(tmp_path), batches=2)
+  assert run["batches"] == 2 and list(run["shares"]) == ["all", "read"]
+  refused = "width: 4; valid: a positive multiple of 32 for fp8"
+  assert run["formats"]["fp8"] == {"refused": refused}
+  text = row_formats.table(run)
+  for words in (
+    "step 7: 2 batches",
+    "memory off",
+    f"fp8: left out: {refused}",
+    "float32's loss is the tables'",
+  ):
+    assert words in text, words
+
+
+def test_differences_over_runs(found):
+  worse = json.loads(json.dumps(found))
+  worse["formats"]["fp8"]["difference"] += 1
+  worse["formats"]["int8"] = {"refused": "width"}
+  across = row_formats.across([found, worse])
+  least = found["formats"]["fp8"]["difference"]
+  assert across["fp8"] == pytest.approx(
+    dict(runs=2, difference=least + 0.5, least=least, largest=least + 1)
+  )
+  assert across["int8"]["runs"] == 1
+
+
+def test_what_cannot_be_compared_is_refused(trained, batches):
+  with pytest.raises(InputError, match=r"^batches: 1; valid: 2 or more"):
+    row_formats.compare(trained, batches[:1])
+  plain = types.SimpleNamespace(hashing=None)
+  with pytest.raises(InputError, match=r"^workdir: no memory; valid: a run"):
+    row_formats.compare(plain, batches)
