@@ -57,13 +57,13 @@ from engram_jax.interop.v41_config import (
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import BLOCK, RowFormat
-from engram_jax.memory.stores import _HostReads
+from engram_jax.memory.stores import HostReads
 from engram_jax.types import Break
 
 TableBytes = tuple[UInt8[np.ndarray, "_R d"], UInt8[np.ndarray, "_R blocks"]]
 
 
-class SafetensorsStore(_HostReads):
+class SafetensorsStore(HostReads):
   """Packed fp8 rows whose values and scales are two tensors; a `RowStore`.
 
   Args:
@@ -83,7 +83,7 @@ class SafetensorsStore(_HostReads):
     super().__init__(row_format, {i: len(v) for i, (v, _) in tables.items()})
     self._tables = dict(tables)
 
-  def _copy(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+  def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
     values, scales = self._tables[layer]
     d = self.row_format.width
     out[:, :d] = np.take(values, ids, axis=0)

@@ -348,10 +348,22 @@ def _pin(table: UInt8[Array | np.ndarray, "_R n"], home: Format) -> Array:
   return pinned
 
 
-class _HostReads(_Counting):
-  """Reads on the host: distinct rows, each copied once by `_copy`."""
+class HostReads(_Counting):
+  """What stores that read on the host share: each distinct row is read once.
 
-  def _copy(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+  Args:
+    row_format: of the rows.
+    num_rows: R per layer.
+  """
+
+  def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+    """Copies rows; this is what a store of this kind defines.
+
+    Args:
+      layer: one of `num_rows`.
+      ids: integers [U], distinct, ascending, in bounds.
+      out: uint8 [U, n], to be filled.
+    """
     raise NotImplementedError
 
   def read(
@@ -370,7 +382,7 @@ class _HostReads(_Counting):
       eighth = max(1, math.ceil(ids.size / 8))
       padded = max(1, math.ceil(count / eighth)) * eighth
       out = buffers.take(layer, padded, self.row_format.bytes_per_row)
-      self._copy(layer, distinct, out[:count])
+      self.copy_rows(layer, distinct, out[:count])
       out[count:] = 0
       packed[layer] = out
       inverse[layer] = places.reshape(ids.shape).astype(np.int32)
@@ -379,7 +391,7 @@ class _HostReads(_Counting):
     return PackedRows(packed, inverse)
 
 
-class HostStore(_HostReads):
+class HostStore(HostReads):
   """Packed tables in host memory.
 
   Args:
@@ -397,12 +409,12 @@ class HostStore(_HostReads):
     super().__init__(row_format, {i: len(x) for i, x in tables.items()})
     self._tables = dict(tables)
 
-  def _copy(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+  def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
     # The ids are in bounds; any mode but this one would buffer `out`.
     np.take(self._tables[layer], ids, axis=0, out=out, mode="clip")
 
 
-class FileStore(_HostReads):
+class FileStore(HostReads):
   """Packed rows in a row file. Processes that open one file share its pages.
 
   Args:
@@ -413,7 +425,7 @@ class FileStore(_HostReads):
     super().__init__(file.header.row_format, file.header.num_rows)
     self.file = file
 
-  def _copy(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+  def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
     self.file.read(layer, ids, out)
 
 

@@ -23,8 +23,9 @@ from engram_jax.memory.prefetch import (
   require_rows,
   row_ids_on_host,
 )
+from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.retrieval import Tables, shuffle_row_ids
-from engram_jax.memory.stores import RowStore, unpack
+from engram_jax.memory.stores import PackedRows, RowStore, unpack
 from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program
 
@@ -130,6 +131,31 @@ def mean_loss(
   return _mean(eval_step(model, tables, batch) for batch in batches)
 
 
+def batch_row_ids(program: Program, batch: Batch) -> dict[int, np.ndarray]:
+  """int64 [B, L, K] per Engram layer, what a batch reads; on the host."""
+  canonical = program.compression(np.asarray(batch["inputs"]))
+  return row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
+
+
+def make_packed_eval_step(
+  program: Program, row_format: RowFormat
+) -> Callable[[Transformer, PackedRows, Batch], tuple[Array, Array]]:
+  """As `make_eval_step`, of a batch's packed rows instead of the tables."""
+
+  @jax.jit
+  def evaluate(model, packed, batch):
+    loss, _ = model_loss(
+      model,
+      unpack(packed, row_format),
+      batch,
+      chunk=program.train.loss_chunk,
+      dispatch=program.model.dropless_dispatch,
+    )
+    return loss, jnp.sum(batch["loss_mask"])
+
+  return evaluate
+
+
 def mean_loss_from_store(
   program: Program,
   model: Transformer,
@@ -160,20 +186,10 @@ def mean_loss_from_store(
   require(program.mesh is None, "store", name, valid)
   require_rows(store, program.hashing)
 
-  @jax.jit
-  def evaluate(model, packed, batch):
-    loss, _ = model_loss(
-      model,
-      unpack(packed, store.row_format),
-      batch,
-      chunk=program.train.loss_chunk,
-      dispatch=program.model.dropless_dispatch,
-    )
-    return loss, jnp.sum(batch["loss_mask"])
+  evaluate = make_packed_eval_step(program, store.row_format)
 
   def row_ids(batch: Batch):
-    canonical = program.compression(np.asarray(batch["inputs"]))
-    found = row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
+    found = batch_row_ids(program, batch)
     if memory == "on":
       return found
     return shuffle_row_ids(jax.random.key(0), found)

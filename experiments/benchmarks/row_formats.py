@@ -33,15 +33,16 @@ from engram_jax.data.pipeline import held_out_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError, require
 from engram_jax.memory.homes import pack_tables
-from engram_jax.memory.prefetch import read_to_device, row_ids_on_host
+from engram_jax.memory.prefetch import read_to_device
 from engram_jax.memory.quantization import FORMATS, RowFormat, unpack_rows
-from engram_jax.memory.stores import HostStore, RowStore, unpack
+from engram_jax.memory.stores import HostStore, RowStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
   EvalStep,
+  batch_row_ids,
   make_eval_step,
+  make_packed_eval_step,
 )
-from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program
 from engram_jax.training.runs import (
   RunFolder,
@@ -64,29 +65,13 @@ Losses = np.ndarray
 # --- losses ---
 
 
-def row_ids_of(program: Program, batch: Batch) -> dict[int, np.ndarray]:
-  """int64 [B, L, K] per Engram layer."""
-  canonical = program.compression(np.asarray(batch["inputs"]))
-  return row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
-
-
 def make_store_step(program: Program, store: RowStore) -> EvalStep:
   """As `make_eval_step`, with the store's rows in place of the tables'."""
-
-  @jax.jit
-  def evaluate(model, packed, batch):
-    loss, _ = model_loss(
-      model,
-      unpack(packed, store.row_format),
-      batch,
-      chunk=program.train.loss_chunk,
-      dispatch=program.model.dropless_dispatch,
-    )
-    return loss, jnp.sum(batch["loss_mask"])
+  evaluate = make_packed_eval_step(program, store.row_format)
 
   def step(model, tables, batch):
     del tables
-    rows = read_to_device(store, row_ids_of(program, batch))
+    rows = read_to_device(store, batch_row_ids(program, batch))
     return evaluate(model, rows, batch)
 
   return step
@@ -142,7 +127,7 @@ def reads_of(
   rows = program.hashing.num_rows
   reads = {layer: np.zeros(count, np.int64) for layer, count in rows.items()}
   for batch in batches:
-    for layer, ids in row_ids_of(program, batch).items():
+    for layer, ids in batch_row_ids(program, batch).items():
       ids = ids[np.asarray(batch["loss_mask"])].reshape(-1)
       reads[layer] += np.bincount(ids, minlength=rows[layer])
   return reads

@@ -1,6 +1,5 @@
 """FLOPs, bytes and seconds of compiled programs, loops included."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from engram_jax.analysis.compiled import cost
 from engram_jax.analysis.costs import flops_per_token
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import AttentionConfig, ModelConfig
+from tests.libtpu import needs_libtpu
 
 
 def costs(f, *arguments):
@@ -175,14 +175,7 @@ def test_a_fusion_reads_what_it_uses(result, inside, size):
   assert found.seconds(rates) == size / 2
 
 
-def has_libtpu():
-  try:
-    return bool(importlib.metadata.version("libtpu"))
-  except importlib.metadata.PackageNotFoundError:
-    return False
-
-
-@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu")
+@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_without_loops_the_seconds_are_xlas(topology):
   # In a process of its own: libtpu, once loaded, stays.

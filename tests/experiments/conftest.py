@@ -6,10 +6,21 @@ import random
 import subprocess
 import sys
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "experiments" / "micro.py"
+
+
+@pytest.fixture(scope="module")
+def steps_compile_fast():
+  """The tests' own process compiles as programs do: few steps are taken."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from engram_jax.errors import InputError
 from engram_jax.run_config import MeshConfig
 from experiments import compile_for_pod, pod_report
 from experiments.configs.preset import experiment_of
+from tests.libtpu import needs_libtpu
 
 SIZES = (
   "--config.train.batch_size=8",
@@ -252,14 +253,7 @@ def test_says_what_the_figures_leave_out():
     assert words in text, words
 
 
-def has_libtpu():
-  try:
-    return bool(importlib.metadata.version("libtpu"))
-  except importlib.metadata.PackageNotFoundError:
-    return False
-
-
-@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu")
+@needs_libtpu
 def test_compiles_for_a_tpu():
   # In a process of its own: libtpu, once loaded, stays.
   code = """

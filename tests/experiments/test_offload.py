@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,14 +17,7 @@ from tests.experiments.micro import experiment
 PROMPTS = dict(prompts=4, shortest=3, longest=9, batch=2, new_tokens=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_compile_fast():
-  """Few steps are taken here: as in programs."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("steps_compile_fast")
 
 
 def micro():

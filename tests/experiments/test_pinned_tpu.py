@@ -1,7 +1,6 @@
 """A step with pinned tables: run on the CPU, compiled for a TPU."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
 from experiments.compile_for_pod import make_program
 from tests.experiments.micro import experiment
+from tests.libtpu import needs_libtpu
 
 STORES = {"device": DeviceStore, "pinned": PinnedStore}
 SIZES = dict(batch=2, capacity=16, row_format="fp8")
@@ -144,14 +144,7 @@ def test_says_what_fits_and_where_the_tables_are():
   assert not pinned_tpu.verdict(records)["every_pinned_step_compiles"]
 
 
-def has_libtpu():
-  try:
-    return bool(importlib.metadata.version("libtpu"))
-  except importlib.metadata.PackageNotFoundError:
-    return False
-
-
-@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu")
+@needs_libtpu
 def test_compiles_for_a_tpu():
   # In a process of its own: libtpu, once loaded, stays. Rows of 33, 132 and 512
   # bytes: in a TPU's own layout the last ends the process.

@@ -27,13 +27,7 @@ BOUNDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_compile_fast_here():
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("steps_compile_fast")
 
 
 def make_trained(width=32):

@@ -24,14 +24,7 @@ TIMES = {"median_ms", "min_ms", "first_s"}
 CHUNKS = dict(block_size=8, loss_chunk=16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def steps_compile_fast():
-  """Whole steps are compiled here, and take one step: as in programs."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures("steps_compile_fast")
 
 
 def micro(name=""):
