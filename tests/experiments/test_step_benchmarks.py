@@ -17,6 +17,7 @@ from experiments.benchmarks import (
   harness,
   long_sequence,
   moe_against_dense,
+  step_profile,
 )
 from tests.experiments.micro import experiment
 
@@ -314,7 +315,7 @@ def test_kind_of_a_fusion_is_the_heaviest_inside():
   text = jax.jit(function).lower(*shapes).compile().as_text()
   parsed = hlo.parse(text)
   entry = parsed.computations[parsed.entry]
-  kinds = {moe_against_dense.kind_of(i, parsed) for i in entry.values()}
+  kinds = {step_profile.kind_of(i, parsed) for i in entry.values()}
   assert {"gather", "sort"} <= kinds
 
 
@@ -350,8 +351,8 @@ StackFrames
 
 
 def test_part_is_of_the_innermost_frame_that_is_ours():
-  frames = moe_against_dense.stack_frames(HEAD)
-  parts = {n: moe_against_dense.part_of(stack) for n, stack in frames.items()}
+  frames = step_profile.stack_frames(HEAD)
+  parts = {n: step_profile.part_of(stack) for n, stack in frames.items()}
   assert parts == {
     1: "experts' sum",
     2: "shared experts",
@@ -359,8 +360,8 @@ def test_part_is_of_the_innermost_frame_that_is_ours():
     4: "optimizer",
     5: "optimizer",
   }
-  assert moe_against_dense.part_of([]) == "other"
-  assert moe_against_dense.stack_frames("HloModule jit_f\n") == {}
+  assert step_profile.part_of([]) == "other"
+  assert step_profile.stack_frames("HloModule jit_f\n") == {}
 
 
 # --- as programs ---
