@@ -265,12 +265,8 @@ def in_turns(
   for turn in range(repeats + 1):
     for name, decoder in decoders.items():
       result = run(subject, decoder)
-      seconds = result["prefill_s"], result["decode_s"]
-      print(
-        "turn %d, %s: %.1f s, %.1f s" % (turn, name, *seconds),
-        file=sys.stderr,
-        flush=True,
-      )
+      seconds = f"{result['prefill_s']:.1f} s, {result['decode_s']:.1f} s"
+      print(f"{turn}: {name}: {seconds}", file=sys.stderr, flush=True)
       tokens = result.pop("tokens")
       expected = tokens if expected is None else expected
       if not np.array_equal(tokens, expected):
