@@ -13,6 +13,7 @@ from engram_jax.config import (
   EngramConfig,
   ModelConfig,
   MoEConfig,
+  YarnConfig,
 )
 from engram_jax.errors import InputError
 from engram_jax.fusion import linen
@@ -23,7 +24,13 @@ from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import retrieve
 from engram_jax.memory.table import init_table, lookup
-from engram_jax.run_config import DataConfig, ExperimentConfig, TrainConfig
+from engram_jax.presets import Preset, preset
+from engram_jax.run_config import (
+  DataConfig,
+  ExperimentConfig,
+  MeshConfig,
+  TrainConfig,
+)
 from engram_jax.types import Break
 
 __version__ = "0.1.0"
@@ -39,20 +46,24 @@ __all__ = [
   "Fusion",
   "InputError",
   "LatentAttention",
+  "MeshConfig",
   "MoE",
   "MoEConfig",
   "ModelConfig",
   "ModelOutput",
   "NgramHash",
+  "Preset",
   "TokenCompression",
   "TrainConfig",
   "Transformer",
+  "YarnConfig",
   "fuse",
   "gate_scores",
   "gate_values",
   "init_table",
   "linen",
   "lookup",
+  "preset",
   "retrieve",
   "short_conv",
 ]

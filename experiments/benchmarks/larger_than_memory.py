@@ -45,7 +45,7 @@ from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.memory.stores import FileStore
 from engram_jax.presets import preset as find_preset
 from experiments.benchmarks import harness
-from experiments.benchmarks.offload import (
+from experiments.benchmarks.offload_runs import (
   Subject,
   decoder_of,
   make_rows,

@@ -11,7 +11,7 @@ from engram_jax.decoding.decoders import TableDecoder
 from engram_jax.errors import InputError
 from engram_jax.memory.prefetch import row_ids_on_host
 from engram_jax.memory.quantization import RowFormat
-from experiments.benchmarks import larger_than_memory, offload
+from experiments.benchmarks import larger_than_memory, offload, offload_runs
 from tests.experiments.micro import experiment
 
 PROMPTS = dict(prompts=4, shortest=3, longest=9, batch=2, new_tokens=3)
@@ -26,7 +26,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def subject():
-  return offload.make_subject(micro(), **PROMPTS)
+  return offload_runs.make_subject(micro(), **PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def row_format():
 
 @pytest.fixture(scope="module")
 def packed(subject, row_format):
-  return offload.make_rows(subject.hashing.num_rows, row_format)
+  return offload_runs.make_rows(subject.hashing.num_rows, row_format)
 
 
 def test_prompts_are_those_asked_for(subject):
@@ -46,7 +46,7 @@ def test_prompts_are_those_asked_for(subject):
   assert subject.prompt_tokens == lengths.sum()
   for field, value in (("prompts", 3), ("shortest", 10)):
     with pytest.raises(InputError, match=f"^{field}: {value}; valid: "):
-      offload.make_subject(micro(), **PROMPTS | {field: value})
+      offload_runs.make_subject(micro(), **PROMPTS | {field: value})
 
 
 def test_every_figure_is_there(subject, packed, row_format, tmp_path):
@@ -75,7 +75,7 @@ def test_every_figure_is_there(subject, packed, row_format, tmp_path):
 
 def test_other_tokens_are_an_error(subject, packed, row_format):
   parts = subject.hashing, subject.compression
-  tables = offload.to_tables(packed, row_format)
+  tables = offload_runs.to_tables(packed, row_format)
   # The head is small: rows this loud change what is drawn.
   wrong = {i: 100 * table[::-1] for i, table in tables.items()}
   decoders = {
@@ -83,7 +83,7 @@ def test_other_tokens_are_an_error(subject, packed, row_format):
     for name, rows in (("one", tables), ("other", wrong))
   }
   with pytest.raises(RuntimeError, match=r"^other: other tokens than one$"):
-    offload.in_turns(subject, decoders, repeats=1)
+    offload_runs.in_turns(subject, decoders, repeats=1)
 
 
 def test_hidden_is_the_share_that_made_no_step_longer():
@@ -119,10 +119,10 @@ def test_throughput_against_the_cache(large, tmp_path):
   file, seconds = larger_than_memory.make_file(path, hashing, row_format)
   assert seconds is None
   file.verify()
-  subject = offload.make_subject(model, **PROMPTS)
+  subject = offload_runs.make_subject(model, **PROMPTS)
   few = counting_hash(larger_than_memory.with_rows(model, 100))
-  tables = offload.make_rows(few.num_rows, row_format)
-  tables = offload.to_tables(tables, row_format)
+  tables = offload_runs.make_rows(few.num_rows, row_format)
+  tables = offload_runs.to_tables(tables, row_format)
   parts = few, subject.compression
   resident = TableDecoder(subject.model, tables, *parts)
   rng = np.random.default_rng(0)
@@ -155,7 +155,7 @@ def test_a_foreign_file_is_refused(large, tmp_path):
     layer: np.zeros((count, row_format.bytes_per_row), np.uint8)
     for layer, count in hashing.num_rows.items()
   }
-  offload.write_rows(tmp_path / "rows", rows, hashing, row_format)
+  offload_runs.write_rows(tmp_path / "rows", rows, hashing, row_format)
   with pytest.raises(InputError, match=r"^file: .*; valid: one that this"):
     larger_than_memory.make_file(tmp_path / "rows", hashing, row_format)
   other = dataclasses.replace(
