@@ -5,8 +5,8 @@ N-grams are Zipfian: a few rows are read at almost every step. Of each layer
   slots  uint8 [C, n]   packed rows, on the device
   place  int32 [R]      where a row is, on the host; 0 if it is not, else slot+1
 
-A read sends only what is not there. One program gathers the rows from the slots
-and from what was sent, and then writes the latter over rows that were not used
+A read sends only what is not there. A program gathers the rows from the slots
+and from what was sent; another writes the latter over rows that were not used
 of late: by the clock, a hand that goes round the slots, passes over each that
 was used since it last came by, and takes the next one. What is found does not
 depend on what is kept, to the bit.
@@ -95,27 +95,41 @@ class Clock:
     return np.concatenate([np.zeros(0, np.int64), *taken])
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _exchange(
+@jax.jit
+def _rows_of(
   slots: UInt8[Array, "C n"],
   sent: UInt8[Array, "M n"],
   source: Int[Array, "*S"],
-  places: Int[Array, "M"],
-) -> tuple[UInt8[Array, "C n"], UInt8[Array, "*S n"]]:
-  """The slots with what was sent, and the rows asked for.
+) -> UInt8[Array, "*S n"]:
+  """The rows asked for.
 
   Args:
-    slots: overwritten.
+    slots: before what was sent is kept.
     sent: rows.
-    source: int32 [...], the slot of each row asked for, before this; C + m for
-      the m-th that was sent.
-    places: int32 [M], slots for what was sent; C for none.
+    source: int32 [...], the slot of each row asked for; C + m for the m-th that
+      was sent.
   """
   count = len(slots)
   kept = slots.at[jnp.minimum(source, count - 1)].get(mode="clip")
   new = sent.at[jnp.maximum(source - count, 0)].get(mode="clip")
-  found = jnp.where((source < count)[..., None], kept, new)
-  return slots.at[places].set(sent, mode="drop"), found
+  return jnp.where((source < count)[..., None], kept, new)
+
+
+# A program of its own: one that also gathers from the slots copies them whole.
+@functools.partial(jax.jit, donate_argnums=0)
+def _keep(
+  slots: UInt8[Array, "C n"],
+  sent: UInt8[Array, "M n"],
+  places: Int[Array, "M"],
+) -> UInt8[Array, "C n"]:
+  """The slots with what was sent, in place.
+
+  Args:
+    slots: overwritten.
+    sent: rows.
+    places: int32 [M], slots for what was sent; C for none.
+  """
+  return slots.at[places].set(sent, mode="drop")
 
 
 @dataclasses.dataclass(eq=False)
@@ -182,7 +196,9 @@ class _Layer:
     order = np.argsort(-wanted.counts[missing], kind="stable")[:count]
     places[which[order]] = self._admit(wanted.ids[missing][order])
     source = slots[wanted.inverse].astype(np.int32)
-    self.slots, found = _exchange(self.slots, sent, source, places)
+    found = _rows_of(self.slots, sent, source)
+    if missing.any():
+      self.slots = _keep(self.slots, sent, places)
     sums = (
       self.statistics.asked + source.size,
       self.statistics.hits + int((~missing).sum()),

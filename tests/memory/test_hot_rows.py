@@ -135,11 +135,30 @@ def test_a_step_like_another_compiles_nothing():
   cache = cached(40)
   for seed in range(12):
     cache.read(row_ids(seed, (1, 2, 6)))
-  size = hot_rows._exchange._cache_size()
+  programs = hot_rows._rows_of, hot_rows._keep
+  size = sum(program._cache_size() for program in programs)
   for seed in range(100, 140):
     cache.read(row_ids(seed, (1, 2, 6)))
   # 12 ids may miss by 1, 2, 4, 8 or 16; of eighths sent there are few kinds.
-  assert hot_rows._exchange._cache_size() - size <= 6
+  assert sum(program._cache_size() for program in programs) - size <= 12
+
+
+def test_to_keep_a_row_costs_what_a_row_does():
+  from engram_jax.memory import hot_rows
+
+  def temp(slots):
+    few = jnp.zeros((4, 64), jnp.uint8)
+    shapes = jnp.zeros((slots, 64), jnp.uint8), few, jnp.zeros(4, jnp.int32)
+    compiled = (
+      hot_rows._keep.lower(*shapes).compile(),
+      hot_rows._rows_of.lower(*shapes).compile(),
+    )
+    reports = [program.memory_analysis() for program in compiled]
+    # The slots are both argument and result.
+    assert reports[0].alias_size_in_bytes == slots * 64
+    return sum(report.temp_size_in_bytes for report in reports)
+
+  assert temp(100_000) == temp(1_000) < 10_000
 
 
 def test_threads_read_at_once():
