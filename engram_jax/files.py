@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, require
 
 
 @contextlib.contextmanager
@@ -21,9 +21,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path: the file, in a folder that exists.
 
   Raises:
-    InputError: a folder that is missing or cannot be written to.
+    InputError: a folder that is missing or cannot be written to, or a folder
+      of that name.
   """
   path = pathlib.Path(path)
+  require(not path.is_dir(), "path", path, "a file: this is a folder")
   try:
     handle, partial = tempfile.mkstemp(
       dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"

@@ -1,14 +1,16 @@
 """Writes the tables of a trained checkpoint to a row file, quantised.
 
-  python -m experiments.pack_memory --workdir=runs/tiny --format=fp8 \
+  python -m experiments.pack_memory --workdir=runs/tiny --format=int8 \
     --output=runs/tiny/memory.rows
 
 The file holds the model's hash constants and the digest of its token
 compression, so that it is refused by any other model. The rows lose what the
-format loses; the program says how much.
+format loses; the program says how much. fp8 has a scale for 32 columns, and
+wants rows of a multiple of 32.
 """
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -104,8 +106,9 @@ def pack_memory(
 def main(argv) -> None:
   del argv
   trained = load_run(_WORKDIR.value, step=_STEP.value)
-  errors = pack_memory(trained, _OUTPUT.value, _FORMAT.value)
-  file = RowFile(_OUTPUT.value)
+  output = pathlib.Path(_OUTPUT.value).expanduser()
+  errors = pack_memory(trained, output, _FORMAT.value)
+  file = RowFile(output)
   file.verify()
   header = file.header
   size = header.row_format.bytes_per_row

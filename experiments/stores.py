@@ -1,5 +1,6 @@
 """The flags that say where a trained model's rows are read from."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +56,8 @@ def load(
     cache_mib: of rows kept on the device before the store.
 
   Returns:
-    The store is None where nothing is asked for but the device: rows are then
-    read from the tables.
+    The model, without tables where there is a store. That is None where nothing
+    is asked for but the device: rows are then read from the tables.
 
   Raises:
     InputError: what `load_run` and `open_store` refuse; a store for a model
@@ -75,4 +76,5 @@ def load(
     compression_digest=trained.compression.digest,
     cache_bytes=int(cache_mib * 2**20),
   )
-  return trained, store
+  # What the store replaces need not stay on the device.
+  return dataclasses.replace(trained, tables={}), store

@@ -49,5 +49,7 @@ with whole_file(sys.argv[1]) as file:
 
 
 def test_no_folder_is_one_clear_line(tmp_path):
+  with pytest.raises(InputError, match=r"^path: .*; valid: a file: this is a"):
+    write_whole(tmp_path, "text")
   with pytest.raises(InputError, match=r"^path: .*; valid: a file in a writ"):
     write_whole(tmp_path / "missing" / "file", "text")

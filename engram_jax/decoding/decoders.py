@@ -14,6 +14,7 @@ so that the caller has its hands free while rows are fetched. A state is taken
 over: its memory is the next one's.
 """
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -181,9 +182,14 @@ class StoreDecoder:
   ) -> Callable[[], PackedRows]:
     if isinstance(self._rows, Prefetcher):
       return self._rows.fetch_tokens(canonical, history=history).result
-    row_ids = row_ids_on_host(self._hashing, canonical, history=history)
-    rows = read_to_device(self._rows, row_ids, buffers=self._buffers)
-    return lambda: rows
+    rows = concurrent.futures.Future()
+    try:
+      row_ids = row_ids_on_host(self._hashing, canonical, history=history)
+      found = read_to_device(self._rows, row_ids, buffers=self._buffers)
+      rows.set_result(found)
+    except Exception as error:  # raised where a thread's would be
+      rows.set_exception(error)
+    return rows.result
 
 
 def _as_chunk(token_ids: Any, lengths: Any) -> tuple[Any, Any]:

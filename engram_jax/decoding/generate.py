@@ -154,6 +154,7 @@ def generate(
   if memory == "off":
     tables = hashing = compression = store = None
   if store is not None:
+    require(hashing is not None, "hashing", None, "the model's, with a store")
     require_rows(store, hashing)
   capacity = _rounded(int(lengths.max()) + max_new_tokens)
   draw = functools.partial(

@@ -100,7 +100,8 @@ def load_demo(
     conv_scale=jnp.asarray(stack("short_conv.norms.{}.weight")),
     conv_kernel=jnp.asarray(conv.transpose(2, 0, 1)),
   )
-  return engram_of(params, config), jnp.asarray(arrays[_TABLE])
+  # A copy: the array may lie in memory that the caller goes on to change.
+  return engram_of(params, config), jnp.array(arrays[_TABLE])
 
 
 def demo_weights(

@@ -7,6 +7,7 @@ file:PATH  a row file, which must be the model's
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ def open_store(
   """
   if reads_a_file(home):
     file = RowFile(
-      home.removeprefix(_FILE),
+      Path(home.removeprefix(_FILE)).expanduser(),
       hashing=hashing,
       compression_digest=compression_digest,
     )

@@ -194,11 +194,14 @@ class _Layer:
     places = np.full(len(sent), count, np.int32)
     # Of more than there are slots, those that were asked for most often.
     order = np.argsort(-wanted.counts[missing], kind="stable")[:count]
-    places[which[order]] = self._admit(wanted.ids[missing][order])
+    taken = self._clock.take(len(order))
+    places[which[order]] = taken
     source = slots[wanted.inverse].astype(np.int32)
     found = _rows_of(self.slots, sent, source)
     if missing.any():
       self.slots = _keep(self.slots, sent, places)
+      # Not before: what failed would be taken for kept.
+      self._admit(wanted.ids[missing][order], taken)
     sums = (
       self.statistics.asked + source.size,
       self.statistics.hits + int((~missing).sum()),
@@ -208,14 +211,12 @@ class _Layer:
     self.statistics = CacheStatistics(*sums)
     return found
 
-  def _admit(self, ids: np.ndarray) -> np.ndarray:
-    """Slots for new rows, which are theirs from now on."""
-    slots = self._clock.take(len(ids))
+  def _admit(self, ids: np.ndarray, slots: np.ndarray) -> None:
+    """Notes that the slots are these rows' from now on."""
     before = self._owner[slots]
     self._place[before[before >= 0]] = 0
     self._owner[slots] = ids
     self._place[ids] = slots + 1
-    return slots
 
 
 class CachedStore:

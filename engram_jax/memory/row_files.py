@@ -225,6 +225,10 @@ class RowFile:
       require(same, "row file", self.path, valid)
       file.seek(header.checksums_start)
       table = file.read()
+      valid = f"{header.file_bytes} bytes: the file was cut since it was opened"
+      size = header.checksums_start + len(table)
+      whole = size == header.file_bytes
+      require(whole, f"size of {self.path}", size, valid)
       stored = np.frombuffer(table[:-4], "<u4").tolist()
       same = _checksum_table(stored) == table
       valid = "the checksums written: the file is damaged at its end"

@@ -214,6 +214,10 @@ class _ProgramStore(_Counting):
 
   def __init__(self, tables: Mapping[int, Array], row_format: RowFormat):
     _require_tables(tables, row_format)
+    for layer, table in tables.items():
+      # Programs have 32-bit ids.
+      valid = "less than 2**31; HostStore and FileStore take more"
+      require(len(table) < 2**31, f"rows of layer {layer}", len(table), valid)
     super().__init__(row_format, {i: len(x) for i, x in tables.items()})
     self.tables = dict(tables)
 

@@ -99,6 +99,8 @@ def make_subject(
   """
   ok = prompts % batch == 0
   require(ok, "prompts", prompts, f"a multiple of the batch, {batch}")
+  ok = new_tokens >= 2
+  require(ok, "new_tokens", new_tokens, "2 or more: the first is not timed")
   ok = 1 <= shortest <= longest
   require(ok, "shortest", shortest, f"1 to {longest}, the longest")
   graph, shapes = jax.eval_shape(

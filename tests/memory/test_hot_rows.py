@@ -204,6 +204,24 @@ def test_a_failing_store_leaves_the_cache_as_it_was():
   np.testing.assert_array_equal(found.packed[1][0], tables()[1][7])
 
 
+def test_what_fails_on_the_device_is_not_taken_for_kept(monkeypatch):
+  from engram_jax.memory import hot_rows
+
+  cache, ids = cached(40), row_ids(0, (1, 2, 6))
+  plain = hot_rows._rows_of
+
+  def fails(*arguments):
+    raise RuntimeError("RESOURCE_EXHAUSTED")
+
+  monkeypatch.setattr(hot_rows, "_rows_of", fails)
+  with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    cache.read(ids)
+  monkeypatch.setattr(hot_rows, "_rows_of", plain)
+  expected = cached(40).read(ids).packed
+  for layer, rows in cache.read(ids).packed.items():
+    np.testing.assert_array_equal(rows, expected[layer])
+
+
 def test_refusals_by_name():
   store = HostStore(tables(), FORMAT)
   valid = f"at least {2 * SIZE} bytes, a row in each layer"
