@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever ends the writer."""
+"""Files that appear whole or not at all, and that are opened or refused."""
 
 import contextlib
 import os
@@ -49,3 +49,18 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
   """Writes a text file, in UTF-8; see `whole_file`."""
   with whole_file(path) as file:
     file.write(text.encode())
+
+
+def open_to_read(path: pathlib.Path, field: str) -> BinaryIO:
+  """An existing file's bytes.
+
+  Raises:
+    InputError: no file of that name, or one that cannot be read; `field` is
+      what the line calls it.
+  """
+  require(path.is_file(), field, path, "an existing file")
+  try:
+    return open(path, "rb")
+  except OSError as error:
+    valid = f"a file that can be read ({error.strerror})"
+    raise InputError(field, path, valid) from None

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from engram_jax.config_dicts import to_dict
-from experiments import cli
+from experiments import cli, number_flags
 from experiments.results import write_result
 from experiments.sweeps import changed, spread, train_seeds
 
@@ -20,7 +20,7 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
 _FIELD = flags.DEFINE_string("field", None, "E.g. model.engram.short_conv.")
 _VALUES = flags.DEFINE_list("values", None, "Python literals, or plain words.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Of every value.")
+_SEEDS = number_flags.define("seeds", [0, 1], "Of every value.")
 _BATCHES = flags.DEFINE_integer("eval_batches", 40, "Of the final evaluation.")
 _OUT = flags.DEFINE_string("out", None, "JSON file of the result.")
 flags.mark_flags_as_required(["config", "workdir", "field", "values", "out"])
@@ -44,7 +44,7 @@ def main(argv) -> None:
       value,
       variant,
       pathlib.Path(_WORKDIR.value).expanduser(),
-      seeds=[int(seed) for seed in _SEEDS.value],
+      seeds=_SEEDS.value,
       eval_batches=_BATCHES.value,
     )
     for value, variant in variants.items()

@@ -22,15 +22,18 @@ from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
-from experiments import cli
+from experiments import cli, number_flags
 from experiments.results import ROOT, write_result
 from experiments.sweeps import changed, spread, train_seeds
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the comparison.")
-_RATES = flags.DEFINE_list(
-  "learning_rates", ["1e-3", "2e-3", "4e-3", "8e-3"], "Tried without memory."
+_SEEDS = number_flags.define("seeds", [0, 1, 2], "Of the comparison.")
+_RATES = number_flags.define(
+  "learning_rates",
+  [1e-3, 2e-3, 4e-3, 8e-3],
+  "Tried without memory.",
+  kind=float,
 )
 _TUNING_SEED = flags.DEFINE_integer("tuning_seed", 100, "Of the tuning runs.")
 _BATCHES = flags.DEFINE_integer("eval_batches", 40, "Of the final evaluation.")
@@ -89,13 +92,13 @@ def main(argv) -> None:
   config = cli.frozen(_CONFIG.value)
   rival = without_memory(config)
   options = dict(eval_batches=_BATCHES.value)
-  rates = [float(rate) for rate in _RATES.value]
+  rates = _RATES.value
   tuning = tune(rival, workdir, rates=rates, seed=_TUNING_SEED.value, **options)
   best = min(tuning, key=tuning.get)
   if best in (rates[0], rates[-1]) and len(rates) > 1:
     print(f"the best rate, {best:g}, is at the edge of those tried: {rates}")
 
-  seeds = [int(seed) for seed in _SEEDS.value]
+  seeds = _SEEDS.value
   sides = {}
   for name, side in (("memory", config), ("experts", rival)):
     at_best = changed(side, {"train.learning_rate": best})

@@ -26,20 +26,20 @@ class Span(NamedTuple):
   engram: int | None
 
 
-def num_moe_blocks(config: ModelConfig) -> int:
-  """Blocks with experts: the last ones."""
-  return config.num_layers - config.num_dense_layers if config.moe else 0
+def num_dense_blocks(config: ModelConfig) -> int:
+  """Blocks without experts: the first ones."""
+  return config.num_dense_layers if config.moe else config.num_layers
 
 
 def spans(config: ModelConfig) -> list[Span]:
   """The model from bottom to top."""
   layers = () if config.engram is None else config.engram.layers
-  first = config.num_layers - num_moe_blocks(config)
-  cuts = sorted({0, first, config.num_layers, *layers})
+  dense = num_dense_blocks(config)
+  cuts = sorted({0, dense, config.num_layers, *layers})
   found = []
   for start, stop in itertools.pairwise(cuts):
-    in_moe = start >= first
-    kind, offset = ("moe_blocks", first) if in_moe else ("dense_blocks", 0)
+    in_moe = start >= dense
+    kind, offset = ("moe_blocks", dense) if in_moe else ("dense_blocks", 0)
     engram = layers.index(start) if start in layers else None
     found.append(Span(kind, start - offset, stop - offset, engram))
   return found

@@ -39,7 +39,7 @@ from engram_jax.backbone.moe import MoE, MoEMetrics
 from engram_jax.backbone.spans import (
   Span,
   below_memory,
-  num_moe_blocks,
+  num_dense_blocks,
   spans,
 )
 from engram_jax.config import ModelConfig
@@ -209,9 +209,9 @@ class Transformer(nnx.Module):
     shape = (config.vocab_size, config.hidden_size)
     self.embedding = Embedding(*shape, dtype=config.dtype, **weights)
     keys = jax.random.split(rngs.params(), config.num_layers)
-    first = config.num_layers - num_moe_blocks(config)
-    self.dense_blocks = _stack(config, keys[:first], has_experts=False)
-    self.moe_blocks = _stack(config, keys[first:], has_experts=True)
+    dense = num_dense_blocks(config)
+    self.dense_blocks = _stack(config, keys[:dense], has_experts=False)
+    self.moe_blocks = _stack(config, keys[dense:], has_experts=True)
     # As the hyper-connections: from random numbers of their own.
     memory = config.engram
     layers = () if memory is None else memory.layers
@@ -448,8 +448,8 @@ class Transformer(nnx.Module):
     if cache is None:
       block = self._rematerialized(block)
     caches = [] if cache is None else list(cache.attention)
-    dense = self.config.num_layers - num_moe_blocks(self.config)
-    first = dense if span.kind == "moe_blocks" else 0
+    in_moe = span.kind == "moe_blocks"
+    first = num_dense_blocks(self.config) if in_moe else 0
     for i in range(span.start, span.stop):
       at = first + i
       here = None if cache is None else caches[at]

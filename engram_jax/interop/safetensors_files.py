@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from engram_jax.errors import InputError, require
+from engram_jax.files import open_to_read
 
 INDEX = "model.safetensors.index.json"
 
@@ -82,7 +83,7 @@ class SafetensorsFile:
         tensor, with what was found and what is expected.
     """
     self.path = Path(path)
-    with _open(self.path) as file:
+    with open_to_read(self.path, "file") as file:
       size = os.fstat(file.fileno()).st_size
       self.tensors, self._start = _read_header(file, size, self.path)
       self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -180,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
     InputError: the file is missing, longer than `MAX_JSON`, or holds another
       thing.
   """
-  with _open(path) as file:
+  with open_to_read(path, "file") as file:
     size = os.fstat(file.fileno()).st_size
     valid = f"at most {MAX_JSON} bytes"
     require(size <= MAX_JSON, f"size of {path}", size, valid)
@@ -196,15 +197,6 @@ def is_size(value: Any) -> bool:
 def are_sizes(values: Any) -> bool:
   """Whether JSON's `values` is a list of such integers."""
   return type(values) is list and all(map(is_size, values))
-
-
-def _open(path: Path):
-  require(path.is_file(), "file", path, "an existing file")
-  try:
-    return open(path, "rb")
-  except OSError as error:
-    valid = f"a file that can be read ({error.strerror})"
-    raise InputError("file", path, valid) from None
 
 
 def _parse_json(text: bytes, field: str) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from engram_jax.errors import InputError, require
-from engram_jax.files import whole_file
+from engram_jax.errors import require
+from engram_jax.files import open_to_read, whole_file
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_file_headers import Header, read_header
 
@@ -107,15 +107,6 @@ def _blocks(
     yield block[: -(-filled // per_page)].data.cast("B")
 
 
-def _open(path: Path) -> BinaryIO:
-  require(path.is_file(), "row file", path, "an existing file")
-  try:
-    return open(path, "rb")
-  except OSError as error:
-    valid = f"a file that can be read ({error.strerror})"
-    raise InputError("row file", path, valid) from None
-
-
 def _identity(file: BinaryIO) -> tuple[int, int]:
   status = os.fstat(file.fileno())
   return status.st_dev, status.st_ino
@@ -148,7 +139,7 @@ class RowFile:
         another kind, or of another model: by the first field that differs.
     """
     self.path = Path(path)
-    with _open(self.path) as file:
+    with open_to_read(self.path, "row file") as file:
       self.header = read_header(file, self.path)
       self._require_model(hashing, compression_digest)
       self._identity = _identity(file)
@@ -209,7 +200,7 @@ class RowFile:
     if hasattr(mmap, "MADV_DONTNEED"):
       self._bytes.madvise(mmap.MADV_DONTNEED)
     if hasattr(os, "posix_fadvise"):
-      with _open(self.path) as file:
+      with open_to_read(self.path, "row file") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
   def verify(self) -> None:
@@ -219,7 +210,7 @@ class RowFile:
       InputError: the first layer and block whose bytes are not those written.
     """
     header = self.header
-    with _open(self.path) as file:
+    with open_to_read(self.path, "row file") as file:
       same = _identity(file) == self._identity
       valid = "the file that was opened: it was replaced since"
       require(same, "row file", self.path, valid)

@@ -39,7 +39,7 @@ from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.loop import evaluation_batches
 from engram_jax.training.metrics import read_metrics
 from engram_jax.training.runs import RunFolder, TrainedModel, load_run
-from experiments import cli
+from experiments import cli, number_flags
 from experiments.benchmarks import harness
 from experiments.sweeps import changed, spread, train_once
 
@@ -223,7 +223,7 @@ def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_string("out", out, "JSON; .png beside it.")
   flags.DEFINE_string("workdir", None, "Folder of all the runs.")
-  flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the runs.")
+  number_flags.define("seeds", [0, 1, 2], "Of the runs.")
   flags.DEFINE_list("cases", list(CASES), f"Of {', '.join(CASES)}.")
   flags.DEFINE_integer("window", 20, "Steps that are averaged.", lower_bound=1)
   flags.DEFINE_integer("eval_batches", 40, "Of the final evaluation.")
@@ -239,7 +239,7 @@ def main(argv: Sequence[str]) -> None:
   config = changed(cli.frozen(args.config), {"train.log_every": 1})
   require(config.model.moe is not None, "model.moe", None, "experts")
   workdir = pathlib.Path(args.workdir).expanduser()
-  seeds = [int(seed) for seed in args.seeds]
+  seeds = args.seeds
   cases: dict[str, list] = {name: [] for name in args.cases}
   for seed in seeds:
     for name, records in cases.items():

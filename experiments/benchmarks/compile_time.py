@@ -37,6 +37,7 @@ from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model
 from engram_jax.training.step import make_train_step
+from experiments import number_flags
 from experiments.benchmarks import harness
 
 HERE = "experiments.benchmarks.compile_time"
@@ -171,7 +172,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def define_flags() -> None:
   harness.define_common("compile_time", repeats=1)
   flags.DEFINE_string("preset", "engram_27b", "Of engram_jax/presets.py.")
-  flags.DEFINE_list("layers", ["6", "12", "30"], "Numbers of blocks.")
+  number_flags.define("layers", [6, 12, 30], "Numbers of blocks.")
   flags.DEFINE_integer("batch", 8, "Sequences of a step.")
   flags.DEFINE_integer("length", 4096, "Tokens of a sequence.")
   text = "Seconds for one compilation; it is then given up."
@@ -183,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
   args = flags.FLAGS
   require(args.repeats >= 1, "repeats", args.repeats, "an integer >= 1")
   model = find_preset(args.preset).model
-  depths = [int(layers) for layers in args.layers]
+  depths = args.layers
   for layers in depths:
     with_depth(model, layers)  # refused now, not after an hour
   records, ratios = [], {}

@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from engram_jax.errors import require
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.engram_lines import (
   DENSE,
@@ -86,7 +87,7 @@ def measure(
 
 def define_flags() -> None:
   harness.define_common("engram_module", repeats=9)
-  flags.DEFINE_list("rows_per_head", ["64640", "646400"], "Table sizes.")
+  number_flags.define("rows_per_head", [64640, 646400], "Table sizes.")
   for name, value in Sizes()._asdict().items():
     flags.DEFINE_integer(name, value, "Of the layer or its input.")
 
@@ -94,7 +95,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
-  rows_per_head = [int(rows) for rows in args.rows_per_head]
+  rows_per_head = args.rows_per_head
   sizes = {name: args[name].value for name in Sizes._fields}
 
   def child(rows_per_head, repeats, **lines):

@@ -239,6 +239,12 @@ def launch(
   cli.run(main)
 
 
+def set_defaults(values: Mapping[str, Any]) -> None:
+  """Gives other values to the flags that were not given."""
+  for name, value in values.items():
+    flags.FLAGS.set_default(name, value)
+
+
 def define_common(name: str, *, repeats: int) -> None:
   """The flags that every benchmark has."""
   flags.DEFINE_integer("repeats", repeats, "Timed calls of each contender.")

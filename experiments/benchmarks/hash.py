@@ -20,6 +20,7 @@ from absl import flags
 
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
+from experiments import number_flags
 from experiments.benchmarks import harness
 
 TARGET = 3.0
@@ -123,9 +124,8 @@ def measure(
 
 def define_flags() -> None:
   harness.define_common("hash", repeats=9)
-  flags.DEFINE_list(
-    "tokens", ["4096", "16384", "131072", "1048576"], "Of one call."
-  )
+  tokens = [4096, 16384, 131072, 1048576]
+  number_flags.define("tokens", tokens, "Of one call.")
   flags.DEFINE_integer("length", 512, "Tokens of one sequence.")
 
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
   args = flags.FLAGS
   records = measure(
     CASES,
-    tokens=[int(count) for count in args.tokens],
+    tokens=args.tokens,
     repeats=args.repeats,
     length=args.length,
   )

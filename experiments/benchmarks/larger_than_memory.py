@@ -44,6 +44,7 @@ from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.memory.stores import FileStore
 from engram_jax.presets import preset as find_preset
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.offload_runs import (
   Subject,
@@ -139,12 +140,12 @@ def follow(
   lengths = jnp.full(batch, prompt, jnp.int32)
   logits, state = decoder.start(state, start, lengths)()
   for i in range(prompt, length):
+    # As if the token came of these.
+    jax.block_until_ready(logits)
     if i == prompt + before:
-      jax.block_until_ready(logits)
       yield
     logits, state = decoder.start(state, text[:, i])()
-    # As if the next token came of these.
-    jax.block_until_ready(logits)
+  jax.block_until_ready(logits)
   yield
 
 
@@ -231,8 +232,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("prompt", 64, "Tokens read at once at the start.")
   flags.DEFINE_integer("before", 192, "Tokens read one by one, not timed.")
   flags.DEFINE_integer("tokens", 128, "Tokens read one by one, timed.")
-  caches = ["0", "4", "16", "64", "256"]
-  flags.DEFINE_list("caches_mib", caches, "Of hot rows; 0 for none.")
+  caches = [0, 4, 16, 64, 256]
+  text = "Of hot rows; 0 for none."
+  number_flags.define("caches_mib", caches, text, kind=float)
   flags.mark_flag_as_required("file")
 
 
@@ -307,7 +309,7 @@ def main(argv: Sequence[str]) -> None:
       resident,
       file,
       text,
-      caches_mib=[float(x) for x in args.caches_mib],
+      caches_mib=args.caches_mib,
       prompt=args.prompt,
       before=args.before,
     )

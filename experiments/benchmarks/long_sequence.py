@@ -39,6 +39,7 @@ from engram_jax.presets import preset as find_preset
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.runs import abstract_state, new_state
 from engram_jax.training.step import make_train_step
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.compile_time import abstract_batch, make_program
 from experiments.benchmarks.scaling_runs import make_batches
@@ -50,8 +51,8 @@ TARGET_GIB = 24
 TOLERANCE = 1e-5
 #: What the flags are with --quick, where they are not given.
 QUICK = {
-  "lengths": ["128", "256", "512"],
-  "plain_lengths": ["256"],
+  "lengths": [128, 256, 512],
+  "plain_lengths": [256],
   "block_size": 32,
   "loss_chunk": 64,
 }
@@ -199,10 +200,10 @@ def define_flags() -> None:
   out = str(harness.RESULTS / "long_sequence.json")
   flags.DEFINE_string("out", out, "Where it goes.")
   flags.DEFINE_string("preset", "small", "Of engram_jax/presets.py.")
-  lengths = ["2048", "4096", "8192", "16384", "32768"]
-  flags.DEFINE_list("lengths", lengths, "Blockwise, ascending.")
+  lengths = [2048, 4096, 8192, 16384, 32768]
+  number_flags.define("lengths", lengths, "Blockwise, ascending.")
   text = "Plain too, besides the first of --lengths."
-  flags.DEFINE_list("plain_lengths", ["4096", "8192"], text)
+  number_flags.define("plain_lengths", [4096, 8192], text)
   flags.DEFINE_integer("block_size", 512, "Of the blockwise attention.")
   flags.DEFINE_integer("loss_chunk", 1024, "Of the blockwise loss.")
   flags.DEFINE_bool("quick", False, "Short sequences: does it work?")
@@ -212,13 +213,12 @@ def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
   if args.quick:
-    for name, value in QUICK.items():
-      args.set_default(name, value)
-  lengths = [int(length) for length in args.lengths]
+    harness.set_defaults(QUICK)
+  lengths = args.lengths
   valid = "one or more numbers, ascending"
   ascending = lengths and sorted(set(lengths)) == lengths
   require(ascending, "lengths", lengths, valid)
-  plain_lengths = [lengths[0], *(int(n) for n in args.plain_lengths)]
+  plain_lengths = [lengths[0], *args.plain_lengths]
   find_preset(args.preset)
 
   def child(form, length, seconds):

@@ -20,7 +20,8 @@ ends with an error if not.
 Then a host store made slower (`SlowStore`), with and without prefetch: up to
 which latency the prefetch hides it. `fetch_ms` is one fetch alone, `below_ms`
 the blocks below the first Engram layer alone: in decoding no more than that can
-be hidden, for the token to come decides what is read. `hidden` is
+be hidden, for the token to come decides what is read (with --layers the memory
+is elsewhere). `hidden` is
 
   1 - (time of a step - time of a resident step) / fetch_ms
 
@@ -44,6 +45,7 @@ from engram_jax.memory.stores import (
   HostStore,
   SlowStore,
 )
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.offload_runs import (
   Subject,
@@ -58,6 +60,8 @@ from experiments.benchmarks.offload_runs import (
 )
 
 RUNS = "experiments.benchmarks.offload_runs"
+#: What the name of a case ends with whose rows a thread reads.
+PREFETCH = ", prefetch"
 #: Share of the resident throughput that is to be reached with prefetch.
 TARGETS = {"host": 0.97, "file": 0.95}
 #: What the flags are with --quick, where they are not given.
@@ -70,7 +74,7 @@ QUICK = {
   "batch": 2,
   "new_tokens": 4,
   "repeats": 1,
-  "delays_ms": ["0", "20"],
+  "delays_ms": [0, 20],
 }
 
 
@@ -110,30 +114,28 @@ def measure(
     def of(store, prefetch):
       return stack.enter_context(decoder_of(subject, store, prefetch=prefetch))
 
-    decoders = {"resident": resident}
-    for name, store in stores.items():
-      decoders[name] = of(store, False)
-      decoders[f"{name}, prefetch"] = of(store, True)
+    # Case: the store, the home whose fetch it is, what is added to that.
+    cases = {name: (store, name, 0.0) for name, store in stores.items()}
     for delay in delays_ms:
       slow = SlowStore(host, delay_s=delay / 1e3)
-      decoders[f"{delay:g} ms"] = of(slow, False)
-      decoders[f"{delay:g} ms, prefetch"] = of(slow, True)
+      cases[f"{delay:g} ms"] = slow, "host", delay
+    decoders = {"resident": resident}
+    for name, (store, _, _) in cases.items():
+      decoders[name] = of(store, False)
+      decoders[name + PREFETCH] = of(store, True)
     found = in_turns(subject, decoders, repeats=repeats)
-  for name, case in found.items():
-    for phase in ("prefill", "decode"):
-      case[f"{phase}_ratio"] = case[phase] / found["resident"][phase]
-      if name.endswith("prefetch"):
-        home, latency = name.split(",")[0], 0.0
-        if home not in stores:
-          home, latency = "host", float(home.split()[0])
-        fetch = alone[phase]["fetch_ms"][home] + latency
-        share = hidden(case, found["resident"], phase, fetch)
-        case[f"{phase}_hidden"] = share
+  for phase in ("prefill", "decode"):
+    base = found["resident"]
+    for case in found.values():
+      case[f"{phase}_ratio"] = case[phase] / base[phase]
+    for name, (_, home, delay) in cases.items():
+      case = found[name + PREFETCH]
+      fetch = alone[phase]["fetch_ms"][home] + delay
+      case[f"{phase}_hidden"] = hidden(case, base, phase, fetch)
   curve = []
   for delay in delays_ms:
-    without, with_ = (
-      found.pop(f"{delay:g} ms{more}") for more in ("", ", prefetch")
-    )
+    name = f"{delay:g} ms"
+    without, with_ = found.pop(name), found.pop(name + PREFETCH)
     point = {"delay_ms": delay}
     for phase in ("prefill", "decode"):
       point[phase] = {
@@ -144,9 +146,9 @@ def measure(
     curve.append(point)
   verdict = {
     f"{name}, {phase}": {
-      "ratio": found[f"{name}, prefetch"][f"{phase}_ratio"],
+      "ratio": found[name + PREFETCH][f"{phase}_ratio"],
       "at_least": target,
-      "reached": found[f"{name}, prefetch"][f"{phase}_ratio"] >= target,
+      "reached": found[name + PREFETCH][f"{phase}_ratio"] >= target,
     }
     for name, target in TARGETS.items()
     for phase in ("prefill", "decode")
@@ -166,14 +168,17 @@ def measure(
 def define_flags() -> None:
   harness.define_common("offload", repeats=5)
   flags.DEFINE_string("preset", "small", "Of engram_jax/presets.py.")
+  text = "Where the memory is instead of the preset's layers."
+  number_flags.define("layers", [], text)
   flags.DEFINE_string("row_format", "fp8", "Of the packed rows.")
   flags.DEFINE_integer("prompts", 32, "How many; a multiple of --batch.")
   flags.DEFINE_integer("shortest", 13, "Tokens; lengths are uniform.")
   flags.DEFINE_integer("longest", 128, "Tokens.")
   flags.DEFINE_integer("batch", 8, "Prompts at a time.")
   flags.DEFINE_integer("new_tokens", 32, "After the last batch of prompts.")
-  delays = ["2", "5", "10", "20", "50"]
-  flags.DEFINE_list("delays_ms", delays, "Of the store made slower.")
+  delays = [2, 5, 10, 20, 50]
+  text = "Of the store made slower."
+  number_flags.define("delays_ms", delays, text, kind=float)
   flags.DEFINE_bool("quick", False, "Small and short: does it work?")
 
 
@@ -263,16 +268,16 @@ def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
   if args.quick:
-    for name, value in QUICK.items():
-      args.set_default(name, value)
+    harness.set_defaults(QUICK)
   names = ("prompts", "shortest", "longest", "batch", "new_tokens")
-  prompts = {name: getattr(args, name) for name in names}
-  fields = dict(preset=args.preset, row_format=args.row_format, **prompts)
+  fields = {name: getattr(args, name) for name in ("preset", *names)}
+  fields["layers"] = args.layers
+  child = dict(row_format=args.row_format, **fields)
   memory = {
-    home: harness.in_child(f"{RUNS}:resident_set", home=home, **fields)
+    home: harness.in_child(f"{RUNS}:resident_set", home=home, **child)
     for home in ("resident", "host", "file")
   }
-  subject, width = subject_of(args.preset, **prompts)
+  subject, width = subject_of(**fields)
   row_format = RowFormat(args.row_format, width)
   packed = make_rows(subject.hashing.num_rows, row_format)
   with tempfile.TemporaryDirectory() as folder:
@@ -282,9 +287,9 @@ def main(argv: Sequence[str]) -> None:
       row_format,
       pathlib.Path(folder),
       repeats=args.repeats,
-      delays_ms=[float(x) for x in args.delays_ms],
+      delays_ms=args.delays_ms,
     )
-  result = {**fields, "repeats": args.repeats, "memory": memory, **result}
+  result = {**child, "repeats": args.repeats, "memory": memory, **result}
   harness.publish(result, tables_of(result))
   plot(result, pathlib.Path(args.out).with_suffix(".png"))
 

@@ -8,7 +8,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -288,13 +289,10 @@ def bytes_per_token(
   """Packed bytes that a host store reads per token of the prompts and after."""
   with decoder_of(subject, store, prefetch=False) as decoder:
     marks = [store.statistics]
-    prompts = dataclasses.replace(subject, new_tokens=0)
-    for tokens, lengths in prompts.batches:
-      state = decoder.init_state(len(lengths), subject.capacity)
-      logits, state = decoder.start(state, tokens, lengths)()
+    decoded = prefill(subject, decoder)
     marks.append(store.statistics)
     for _ in range(subject.new_tokens):
-      logits, state = decoder.start(state, _likeliest(logits))()
+      decoded, _ = decode(decoder, decoded)
     marks.append(store.statistics)
   counts = (
     # Padding is read too: its rows are a few, always the same.
@@ -315,13 +313,13 @@ def bytes_per_token(
   }
 
 
-def resident_set(*, home: str, preset: str, row_format: str, **prompts: int):
+def resident_set(*, home: str, row_format: str, **fields: Any):
   """What a process holds that decodes from one home; in a child of its own.
 
   Returns:
     `anonymous_mib` and, of files, `mapped_mib`: resident after one run.
   """
-  subject, width = subject_of(preset, **prompts)
+  subject, width = subject_of(**fields)
   fmt = RowFormat(row_format, width)
   with contextlib.ExitStack() as stack:
     packed = make_rows(subject.hashing.num_rows, fmt)
@@ -351,10 +349,21 @@ def resident_set(*, home: str, preset: str, row_format: str, **prompts: int):
   }
 
 
-def subject_of(preset: str, **prompts: int) -> tuple[Subject, int]:
-  """The preset's model and prompts, and the width of its rows."""
+def subject_of(
+  *, preset: str, layers: Sequence[int], **prompts: int
+) -> tuple[Subject, int]:
+  """The preset's model and prompts, and the width of its rows.
+
+  Args:
+    preset: of `engram_jax/presets.py`.
+    layers: where its memory is instead; none for the preset's own.
+    **prompts: see `make_subject`.
+  """
   config = find_preset(preset).model
   require(config.engram, "preset", preset, "a model with a memory")
+  if layers:
+    memory = dataclasses.replace(config.engram, layers=tuple(layers))
+    config = dataclasses.replace(config, engram=memory)
   return make_subject(config, **prompts), config.engram.head_dim
 
 

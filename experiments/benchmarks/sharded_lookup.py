@@ -37,6 +37,7 @@ from absl import flags
 
 from engram_jax.errors import require
 from engram_jax.run_config import DataConfig
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.lookup_runs import STRATEGIES, WHAT
 
@@ -122,14 +123,14 @@ def define_flags() -> None:
   harness.define_common("sharded_lookup", repeats=5)
   text = "Parts to measure; the file's other one stays."
   flags.DEFINE_list("only", list(PARTS), text)
-  flags.DEFINE_list("devices", ["2", "4", "8"], "Simulated devices.")
-  ids = ["64", "256", "1024", "4096", "16384"]
-  flags.DEFINE_list("ids", ids, "Ids of one device.")
+  number_flags.define("devices", [2, 4, 8], "Simulated devices.")
+  ids = [64, 256, 1024, 4096, 16384]
+  number_flags.define("ids", ids, "Ids of one device.")
   flags.DEFINE_list("distributions", ["zipf", "uniform"], "Of the ids.")
   flags.DEFINE_integer("rows", 2**18, "Of the table.")
   flags.DEFINE_integer("width", 64, "Of a row, float32.")
-  tokens = ["2048", "8192", "32768", "131072"]
-  flags.DEFINE_list("tokens", tokens, "Of one device's batch of text.")
+  tokens = [2048, 8192, 32768, 131072]
+  number_flags.define("tokens", tokens, "Of one device's batch of text.")
   flags.DEFINE_integer(
     "text_rows", 2_262_400, "Of a head; 3 orders of 8 heads."
   )
@@ -142,7 +143,7 @@ def define_flags() -> None:
 
 
 def _lookup_part(args) -> dict[str, Any]:
-  devices, ids = ([int(x) for x in y] for y in (args.devices, args.ids))
+  devices, ids = args.devices, args.ids
   sizes = {"rows": args.rows, "width": args.width}
   records = []
   for count in devices:
@@ -176,12 +177,12 @@ def _text_part(args) -> dict[str, Any]:
     "heads": 8,
     "length": args.length,
     "batches": args.text_batches,
-    "devices": max(int(x) for x in args.devices),
+    "devices": max(args.devices),
   }
   names = ("folder", "glob", "data_dir", "vocab_size")
   answer = harness.in_child(
     "experiments.benchmarks.text_duplicates:measure",
-    tokens=[int(x) for x in args.tokens],
+    tokens=args.tokens,
     data={name: args[name].value for name in names},
     **sizes,
   )

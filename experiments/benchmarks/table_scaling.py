@@ -33,6 +33,7 @@ from typing import Any
 from absl import flags
 
 from engram_jax.errors import require
+from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.scaling_runs import DEFAULTS, TABLES, Run
 
@@ -128,10 +129,10 @@ def verdict(
 
 def define_flags() -> None:
   harness.define_common("table_scaling", repeats=15)
-  rows = ["100_000", "1_000_000", "10_000_000", "20_000_000"]
-  flags.DEFINE_list("rows", rows, "Row-sparse, ascending.")
-  rows = ["100_000", "1_000_000", "5_000_000"]
-  flags.DEFINE_list("dense_rows", rows, "Dense; compared at the same rows.")
+  rows = [100_000, 1_000_000, 10_000_000, 20_000_000]
+  number_flags.define("rows", rows, "Row-sparse, ascending.")
+  rows = [100_000, 1_000_000, 5_000_000]
+  number_flags.define("dense_rows", rows, "Dense; compared at the same rows.")
   text = "Simulated devices that share the table; see the top of the file."
   flags.DEFINE_integer("devices", 1, text)
   for name, value in DEFAULTS.items():
@@ -144,13 +145,12 @@ def main(argv: Sequence[str]) -> None:
   devices = args.devices
   env = harness.simulated_devices(devices) if devices != 1 else None
   if env is not None:
-    for name, value in ON_A_MESH.items():
-      args.set_default(name, value)
+    harness.set_defaults(ON_A_MESH)
   valid = "none with devices: the smallest table is compared with"
   ok = env is None or not args.dense_rows
-  require(ok, "dense_rows", ",".join(args.dense_rows), valid)
+  require(ok, "dense_rows", ",".join(map(str, args.dense_rows)), valid)
   sizes = {name: args[name].value for name in DEFAULTS}
-  rows, dense_rows = ([int(r) for r in x] for x in (args.rows, args.dense_rows))
+  rows, dense_rows = args.rows, args.dense_rows
   valid = "two or more numbers, ascending"
   require(len(rows) >= 2 and sorted(rows) == rows, "rows", rows, valid)
 
