@@ -1,8 +1,8 @@
 """Conditional memory for JAX and Flax: hashed n-gram tables, and a gate.
 
-What is named here is the public API. It takes jax, flax, numpy and jaxtyping;
-training, data, decoding and analysis are imported by their own names, e.g.
-`from engram_jax.training.loop import run`, and need the other dependencies.
+What is named here is where to begin. It takes jax, flax, numpy and jaxtyping.
+All else is imported by its own name, e.g. `engram_jax.memory.stores`;
+training, data, decoding, interop and analysis need the other dependencies.
 """
 
 from engram_jax.backbone.attention import LatentAttention

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and that are opened or refused."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from engram_jax.errors import InputError, require
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -21,8 +24,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path: the file, in a folder that exists.
 
   Raises:
-    InputError: a folder that is missing or cannot be written to, or a folder
-      of that name.
+    InputError: a folder that is missing or cannot be written to, a folder of
+      that name, or a disk that is full.
   """
   path = pathlib.Path(path)
   require(not path.is_dir(), "path", path, "a file: this is a folder")
@@ -40,8 +43,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       os.fsync(file.fileno())
     os.chmod(partial, 0o644)  # mkstemp's 0o600 would shut out other users
     os.replace(partial, path)
-  except BaseException:
+  except BaseException as error:
     os.unlink(partial)
+    if isinstance(error, OSError) and error.errno in _FULL:
+      valid = f"a file on a disk with room for it ({error.strerror})"
+      raise InputError("path", path, valid) from None
     raise
 
 

@@ -13,8 +13,9 @@ those sources leave open, with what stands here in its place. The sources:
 
 The counts of these models are in `analysis/accounting.py`.
 
-Rows are 80 wide, as in the paper. A TPU has 128 lanes: of a narrower table
-XLA:TPU makes a padded copy at every step. `memory_100b` has rows 128 wide.
+Rows of the 27B and 40B are 80 wide, as in the paper. A TPU has 128 lanes: of a
+narrower table XLA:TPU makes a padded copy at every step. `memory_100b` has rows
+128 wide.
 """
 
 import dataclasses

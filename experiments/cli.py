@@ -104,7 +104,7 @@ def run(
   def parse(argv: Sequence[str]) -> list[str]:
     try:
       return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError) as error:
+    except (AttributeError, KeyError, OSError, ValueError) as error:
       # How ml_collections speaks of an unknown field or a missing file.
       fail(" ".join(str(error.args[-1]).split()), 2)
 

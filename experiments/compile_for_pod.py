@@ -2,7 +2,7 @@
 
   python -m experiments.compile_for_pod --preset=engram_27b \
     --compare_with=moe_27b --topology=v5p:4x4x8 --batch_per_chip=1 \
-    --out=experiments/results/engram_27b_v5p.json
+    --out=experiments/results/pod_engram_27b_v5p.json
   python -m experiments.compile_for_pod --without_memory \
     --config=experiments/configs/memory_100b.py --topology=v6e:16x16
 

@@ -1,6 +1,7 @@
 """The flags that say where a trained model's rows are read from."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,16 @@ def define_store() -> Callable[[], dict[str, Any]]:
   row_format = flags.DEFINE_enum(
     "row_format", None, FORMATS, "To pack the checkpoint's rows in for it."
   )
+  verify = flags.DEFINE_bool(
+    "verify", False, "Compare a row file's checksums first: reads all of it."
+  )
   cache = flags.DEFINE_float(
     "cache_mib", 0.0, "Rows kept on the device before the store; 0 for none."
   )
   return lambda: {
     "home": store.value,
     "row_format": row_format.value,
+    "verify": verify.value,
     "cache_mib": cache.value,
   }
 
@@ -44,6 +49,7 @@ def load(
   step: int | None = None,
   home: str = "device",
   row_format: str | None = None,
+  verify: bool = False,
   cache_mib: float = 0.0,
 ) -> tuple[TrainedModel, RowStore | None]:
   """A trained model, and the store of its rows.
@@ -53,6 +59,7 @@ def load(
     step: of the checkpoint; None for the newest.
     home: see `homes.py`. With a file the checkpoint's tables are not read.
     row_format: see `open_store`.
+    verify: see `open_store`.
     cache_mib: of rows kept on the device before the store.
 
   Returns:
@@ -63,8 +70,11 @@ def load(
     InputError: what `load_run` and `open_store` refuse; a store for a model
       without memory.
   """
+  ok = math.isfinite(cache_mib) and cache_mib >= 0
+  require(ok, "cache_mib", cache_mib, "0 for none, or a number above it")
   trained = load_run(workdir, step=step, tables=not reads_a_file(home))
-  if home == "device" and row_format is None and not cache_mib:
+  tables_do = home == "device" and row_format is None and not cache_mib
+  if tables_do and not verify:
     return trained, None
   valid = "device, without row_format and cache_mib: the model has no memory"
   require(trained.hashing is not None, "store", home, valid)
@@ -74,7 +84,8 @@ def load(
     trained.hashing,
     row_format=row_format,
     compression_digest=trained.compression.digest,
-    cache_bytes=int(cache_mib * 2**20),
+    verify=verify,
+    cache_bytes=math.ceil(cache_mib * 2**20),
   )
   # What the store replaces need not stay on the device.
   return dataclasses.replace(trained, tables={}), store

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -53,3 +54,21 @@ def test_no_folder_is_one_clear_line(tmp_path):
     write_whole(tmp_path, "text")
   with pytest.raises(InputError, match=r"^path: .*; valid: a file in a writ"):
     write_whole(tmp_path / "missing" / "file", "text")
+
+
+@pytest.mark.parametrize("part", ["body", "fsync"])
+def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch, part):
+  path = tmp_path / "file"
+  write_whole(path, "old")
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  if part == "fsync":
+    monkeypatch.setattr(os, "fsync", full)
+  match = r"^path: .*file; valid: .* with room for it \(No space left on dev"
+  with pytest.raises(InputError, match=match), whole_file(path) as file:
+    file.write(b"new")
+    if part == "body":
+      full()
+  assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]

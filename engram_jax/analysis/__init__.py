@@ -1,1 +1,1 @@
-"""What a trained model holds and does: accounting, gates, pictures."""
+"""What a model holds, costs and does, before and after it is trained."""

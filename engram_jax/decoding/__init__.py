@@ -1,1 +1,1 @@
-"""Decoding: caches as explicit values, one step at a time, sampling, text."""
+"""Decoding: explicit caches, rows from any store, slots, sampling, text."""

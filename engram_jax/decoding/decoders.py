@@ -27,6 +27,7 @@ from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.state import (
   DecodeState,
   begin,
+  check_chunk,
   check_state,
   finish,
   init_state,
@@ -42,7 +43,7 @@ from engram_jax.memory.prefetch import (
   row_ids_on_host,
 )
 from engram_jax.memory.retrieval import Tables
-from engram_jax.memory.stores import Buffers, PackedRows, RowStore, unpack
+from engram_jax.memory.stores import OwnBuffers, PackedRows, RowStore, unpack
 
 #: float32 [B, V], logits after each sequence's last token, and the state.
 Decoded = tuple[Float[Array, "B V"], DecodeState]
@@ -76,6 +77,9 @@ class Decoder(Protocol):
 
     Returns:
       A function that ends the step; to be called once.
+
+    Raises:
+      InputError: as `state.prefill`.
     """
     ...
 
@@ -110,8 +114,9 @@ class TableDecoder:
     self, state: DecodeState, token_ids: Any, lengths: Any = None
   ) -> Callable[[], Decoded]:
     """See `Decoder`."""
-    token_ids, lengths = map(jnp.asarray, _as_chunk(token_ids, lengths))
+    token_ids, lengths = _as_chunk(state, token_ids, lengths)
     check_state(self._hashing, self._memory[2], state)
+    token_ids, lengths = jnp.asarray(token_ids), jnp.asarray(lengths)
     rows, history = _look_up(*self._memory, state.history, token_ids, lengths)
     begun, cache = _begin(self._model, state.cache, token_ids)
     logits, cache = _finish(self._model, begun, cache, rows, lengths)
@@ -123,9 +128,9 @@ class StoreDecoder:
 
   Args:
     model: the transformer, with a memory.
-    rows: a `Prefetcher` that has the hash, whose thread reads while the device
-      is at the first program; or a store, which is read before that: the same
-      rows, one after the other.
+    rows: a `Prefetcher`, whose thread hashes and reads while the device is at
+      the first program; or a store, which is read before that: the same rows,
+      one after the other.
     hashing: the model's.
     compression: raw to canonical ids.
 
@@ -142,7 +147,7 @@ class StoreDecoder:
   ):
     self._model, self._rows = for_decoding(model), rows
     self._hashing, self._compression = hashing, compression
-    self._buffers = Buffers()
+    self._own = OwnBuffers()
     store = rows.store if isinstance(rows, Prefetcher) else rows
     require_rows(store, hashing)
     self._row_format = store.row_format
@@ -158,14 +163,17 @@ class StoreDecoder:
     self, state: DecodeState, token_ids: Any, lengths: Any = None
   ) -> Callable[[], Decoded]:
     """See `Decoder`. What the store raises comes when the step is ended."""
-    tokens, lengths = map(np.asarray, _as_chunk(token_ids, lengths))
+    token_ids, lengths = _as_chunk(state, token_ids, lengths)
     check_state(self._hashing, self._compression, state)
     history = np.asarray(state.history)
+    tokens = np.asarray(token_ids)
     is_real = np.arange(tokens.shape[1]) < lengths[:, None]
-    # Padding is no text: its rows, which nobody uses, are always the same.
-    canonical = np.where(is_real, self._compression(tokens), NO_TOKEN)
+    # Padding is no text, and any id: its rows, which nobody uses, are always
+    # the same.
+    canonical = self._compression(np.where(is_real, tokens, 0))
+    canonical = np.where(is_real, canonical, NO_TOKEN)
     rows_of = self._start_reading(canonical, history)
-    begun, cache = _begin(self._model, state.cache, jnp.asarray(tokens))
+    begun, cache = _begin(self._model, state.cache, jnp.asarray(token_ids))
     after = last_ids(canonical, history, lengths)
 
     def end() -> Decoded:
@@ -180,23 +188,34 @@ class StoreDecoder:
   def _start_reading(
     self, canonical: np.ndarray, history: np.ndarray
   ) -> Callable[[], PackedRows]:
+    def row_ids():
+      return row_ids_on_host(self._hashing, canonical, history=history)
+
     if isinstance(self._rows, Prefetcher):
-      return self._rows.fetch_tokens(canonical, history=history).result
+      return self._rows.fetch(row_ids).result
     rows = concurrent.futures.Future()
     try:
-      row_ids = row_ids_on_host(self._hashing, canonical, history=history)
-      found = read_to_device(self._rows, row_ids, buffers=self._buffers)
+      buffers = self._own.buffers
+      found = read_to_device(self._rows, row_ids(), buffers=buffers)
       rows.set_result(found)
     except Exception as error:  # raised where a thread's would be
       rows.set_exception(error)
     return rows.result
 
 
-def _as_chunk(token_ids: Any, lengths: Any) -> tuple[Any, Any]:
-  """[B, L] and [B], also of one token each, [B]."""
-  if lengths is not None:
-    return token_ids, lengths
-  return token_ids[:, None], np.ones(len(token_ids), np.int32)
+def _as_chunk(
+  state: DecodeState, token_ids: Any, lengths: Any
+) -> tuple[Any, np.ndarray]:
+  """[B, L] and on the host [B], also of one token each, [B]; checked."""
+  if isinstance(token_ids, np.ndarray):
+    # A step may be under way when the caller writes to it again.
+    token_ids = token_ids.copy()
+  if lengths is None:
+    token_ids = token_ids[:, None]
+    lengths = np.ones(len(token_ids), np.int32)
+  lengths = np.asarray(lengths)
+  check_chunk(state, token_ids, lengths)
+  return token_ids, lengths
 
 
 def last_ids(

@@ -18,13 +18,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.decoding.decoders import Decoder, StoreDecoder, TableDecoder
+from engram_jax.decoding.decoders import (
+  Decoded,
+  Decoder,
+  StoreDecoder,
+  TableDecoder,
+)
 from engram_jax.decoding.sampling import (
   allowed_tokens,
   check_sampling,
   sample_each,
 )
-from engram_jax.decoding.slots import insert
+from engram_jax.decoding.slots import insert, rewind
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
@@ -206,14 +211,23 @@ def _steps(
   over = finished
   holders = np.arange(slots, dtype=np.int32)  # whose sequence a slot holds
   waiting = collections.deque(range(slots, len(prompts)))
+
+  def begin(sequence: int) -> Callable[[], Decoded]:
+    fresh = decoder.init_state(1, capacity)
+    return decoder.start(fresh, *pad([prompts[sequence]]))
+
+  # Of the first that waits: its rows are there when a slot is.
+  begun = None
   state = decoder.init_state(slots, capacity)
   logits, state = decoder.start(state, *pad(prompts[:slots]))()
   while True:
     new = draw(logits, drawn[holders], holders.copy())
-    # A sequence that has ended goes on unread: no other one depends on it.
     read = ~over[holders]
+    # A sequence that has ended goes on unread, no other one depends on it; with
+    # always the same token, so that no rows are fetched for it.
+    new = np.where(read, new, 0).astype(np.int32)
     tokens = np.full(len(prompts), NO_TOKEN, np.int32)
-    tokens[holders[read]] = np.asarray(new)[read]
+    tokens[holders[read]] = new[read]
     drawn[holders[read]] += 1
     if end_id is not None:
       finished = finished | (tokens == end_id)
@@ -222,13 +236,16 @@ def _steps(
     free = np.flatnonzero(over[holders])
     end = None
     if len(free) < slots:
+      if len(free):
+        state = rewind(state, over[holders])
       end = decoder.start(state, new)
     starting = []
     for slot in free[: len(waiting)]:
-      holders[slot] = waiting.popleft()
-      fresh = decoder.init_state(1, capacity)
-      prompt = pad([prompts[holders[slot]]])
-      starting.append((slot, decoder.start(fresh, *prompt)))
+      holders[slot] = sequence = waiting.popleft()
+      starting.append((slot, begun or begin(sequence)))
+      begun = None
+    if waiting and begun is None:
+      begun = begin(waiting[0])
     yield Step(tokens, finished)
 
     if end is None and not starting:

@@ -8,7 +8,11 @@ by overwriting them.
 from typing import TypeVar
 
 import jax
-from jaxtyping import Array, Int
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from engram_jax.decoding.state import DecodeState
 
 Tree = TypeVar("Tree")
 
@@ -31,3 +35,14 @@ def insert(state: Tree, fresh: Tree, slot: Int[Array, ""] | int) -> Tree:
     state,
     fresh,
   )
+
+
+def rewind(
+  state: DecodeState, slots: Bool[Array | np.ndarray, "B"]
+) -> DecodeState:
+  """Sends slots back to the start, whose sequences nobody reads any more.
+
+  They may go on as part of the batch without ever filling their cache.
+  """
+  lengths = jnp.where(slots, 0, state.cache.lengths)
+  return state._replace(cache=state.cache._replace(lengths=lengths))

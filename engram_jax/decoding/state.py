@@ -14,7 +14,9 @@ compiles these apart.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from engram_jax.backbone.transformer import Begun, ModelCache, Transformer
@@ -101,13 +103,8 @@ def prefill(
       the capacity (these two outside jit only: whoever
       compiles the call checks them first, as `generate` does).
   """
-  batch = state.cache.lengths.shape
-  shape = (token_ids.shape[:1], lengths.shape)
-  valid = f"the state's batch, {batch}, twice"
-  require(shape == (batch, batch), "batch of tokens, lengths", shape, valid)
-  require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
+  check_chunk(state, token_ids, lengths)
   check_state(hashing, compression, state)
-  _check_capacity(state, lengths)
   rows, history = look_up(
     tables, hashing, compression, state.history, token_ids, lengths
   )
@@ -228,8 +225,24 @@ def check_state(
   )
 
 
-def _check_capacity(state: DecodeState, added: Int[Array, "B"]) -> None:
-  """Refuses more tokens than the cache holds: it would drop them silently."""
+def check_chunk(
+  state: DecodeState,
+  token_ids: TokenIds | np.ndarray,
+  lengths: Int[Array | np.ndarray, "B"],
+) -> None:
+  """Refuses tokens of another batch than the state's, lengths outside 1..L.
+
+  And more tokens than the cache holds: it would drop them silently. Lengths
+  that are known are looked at; see `prefill`.
+  """
+  held = state.cache.lengths
+  shape = (token_ids.shape[:1], lengths.shape)
+  valid = f"the state's batch, {held.shape}, twice"
+  ok = shape == (held.shape, held.shape)
+  require(ok, "batch of tokens, lengths", shape, valid)
+  require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
   capacity = state.cache.attention[0].latent.shape[1]
-  total = state.cache.lengths + added
+  traced = any(isinstance(x, jax.core.Tracer) for x in (held, lengths))
+  # On the host where it can be: a step is not to wait for a program more.
+  total = (held if traced else np.asarray(held)) + lengths
   require_in_range("tokens in the cache", total, low=1, high=capacity + 1)

@@ -4,8 +4,9 @@
   s <- sign(s) sqrt(max(|s|, 1e-6))            as DeepSeek's demo and V4.1
   alpha = sigmoid(s)
 
-Eq. 4 has no second line; the released code has. It makes the gate less steep:
-s = 4 gives 0.88 instead of 0.98, and s = 0.25 gives 0.62 instead of 0.56.
+Eq. 4 has no second line; the released code has. It makes the gate flatter
+for |s| > 1 (s = 4 gives 0.88 instead of 0.98) and steeper below (s = 0.25 gives
+0.62 instead of 0.56).
 """
 
 import jax

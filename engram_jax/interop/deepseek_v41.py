@@ -7,16 +7,17 @@
   layers.{i}.engram.q_weight       bf16 or f32  [G, D]
   layers.{i}.engram.k_weight       bf16 or f32  [G, D]
 
-  checkpoint = open_v41(folder)
+  compression = compress_tokens(tokenizer)
+  checkpoint = open_v41(folder, compression=compression)
   engram = checkpoint.engram(layer=1)          157 MB read, made float32
   ids = checkpoint.hashing.hash(compression(token_ids), breaks=...)
   rows = unpack(checkpoint.store.read(ids), checkpoint.store.row_format)
 
 The tables of the released model are 203 GB in two of 48 files. Opening reads
-config.json, the index and the headers of the files that hold the memory: 8 ms
-for files of that size, and nothing of them becomes resident; then a row costs
-its two pages, values and scales lying apart. (A row file has both in one page.
-`tests/interop/test_full_size.py` opens sparse files of the full size.)
+config.json, the index and the headers of the files that hold the memory:
+milliseconds for files of that size (`experiments/benchmarks/full_size.py`), and
+nothing of them becomes resident; then a row costs its two pages, values and
+scales lying apart. (A row file has both in one page.)
 
 The module is `fusion/engram.py` without biases and convolution. One difference:
 at a score of exactly 0 V4.1's gate is sigmoid(0.001), ours 1/2.

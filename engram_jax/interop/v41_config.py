@@ -13,7 +13,7 @@ tokens. (In the released model both are 2.)
 """
 
 import dataclasses
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def _value(field: dataclasses.Field, text: dict[str, Any], path: Path) -> Any:
     return None
   value = text[field.name]
   if field.type is float:
-    ok = type(value) in (int, float) and 0 < value < math.inf
+    ok = type(value) in (int, float) and 0 < value <= sys.float_info.max
     require(ok, name, repr(value), "a number above 0")
     return float(value)
   if field.type == tuple[int, ...]:

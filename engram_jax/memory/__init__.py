@@ -1,1 +1,4 @@
-"""Stage 1, retrieval: token ids to rows. It knows nothing of hidden states."""
+"""Stage 1, retrieval: token ids to rows, wherever these live.
+
+It knows nothing of hidden states.
+"""

@@ -16,7 +16,8 @@ gather, for few ids (a decoding step), where sorting costs more than sending:
 
 C is a capacity: shapes are fixed. `Plan.needed` says what would have been
 enough; a caller with less than that must not use the rows, but come again with
-more (`training.step` does). With the default capacity it cannot happen.
+more (`training.step` does). Without a capacity it cannot happen: `fetch`
+takes `gather` then.
 
 Axes: n devices, S rows of a shard, M ids of one device, C capacity.
 """

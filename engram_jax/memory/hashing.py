@@ -6,7 +6,7 @@ For a canonical id x_t, layer multipliers m and a head of prime size p (Eq. 1):
   head_id  = mix_n[t] mod p,   row_id = head_id + offset of the head
 
 All H heads of an order share one mix; columns run over orders, then heads.
-Each multiplier is odd and below 2^63 / V, so a product never overflows and the
+Each multiplier is odd and below 2^63 / V', so a product never overflows and the
 mix is never negative. JAX has 32-bit integers unless told otherwise, so the
 jnp form keeps the mix as two uint32 limbs and takes the remainder without a
 division (`limbs.py`); `row_ids_numpy` is the same in NumPy int64.
@@ -393,7 +393,7 @@ def draw_multipliers(
 
 
 def is_prime(number: int) -> bool:
-  """Whether `number`, below 3.3e9 * 10^15, is prime (Miller-Rabin, exact)."""
+  """Whether `number`, below 3.1e23, is prime (Miller-Rabin, exact)."""
   if number < 2:
     return False
   bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)

@@ -9,7 +9,6 @@ file:PATH  a row file, which must be the model's
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -32,8 +31,6 @@ _KINDS = {"device": DeviceStore, "pinned": PinnedStore, "host": HostStore}
 #: Rows that are packed at a time.
 _CHUNK = 2**16
 
-_pack = jax.jit(pack_rows, static_argnums=1)
-
 
 def reads_a_file(home: str) -> bool:
   """Whether the rows are a file's, and no table is needed.
@@ -54,6 +51,7 @@ def open_store(
   *,
   row_format: str | None = None,
   compression_digest: str | None = None,
+  verify: bool = False,
   cache_bytes: int = 0,
 ) -> RowStore:
   """A store of the model's rows.
@@ -65,12 +63,14 @@ def open_store(
     row_format: of the packed rows, one of `FORMATS`; None for float32, or for
       what the file has.
     compression_digest: the model's, which a file must have; None for any.
+    verify: whether a file's checksums are compared first, which reads all of
+      it; without, its header and size alone are.
     cache_bytes: of rows kept on the device before it; 0 for none.
 
   Raises:
-    InputError: an unknown home or format; a file of another model, or of
-      another format than the one asked for; tables that are missing; a cache
-      of less than a row.
+    InputError: an unknown home or format; a file of another model, of another
+      format than the one asked for, or damaged; nothing to verify; tables that
+      are missing or not finite; a cache of less than a row.
   """
   if reads_a_file(home):
     file = RowFile(
@@ -81,13 +81,15 @@ def open_store(
     found = file.header.row_format.name
     valid = f"{found}, the file's, or none"
     require(row_format in (None, found), "row_format", row_format, valid)
+    if verify:
+      file.verify()
     store = FileStore(file)
   else:
+    valid = f"a store that is {_FILE}PATH: {home} has no checksums"
+    require(not verify, "verify", verify, valid)
     if tables is None:
       raise InputError("tables", None, f"the tables to be kept on {home}")
     packed, fmt = pack_tables(tables, hashing, row_format or "float32")
-    if home == "device":
-      packed = jax.device_put(packed)
     store = _KINDS[home](packed, fmt)
   ok = cache_bytes >= 0
   require(ok, "cache_bytes", cache_bytes, "0 for none, or a number of bytes")
@@ -107,8 +109,8 @@ def pack_tables(
     name: of the format.
 
   Raises:
-    InputError: tables of another hash, an unknown format or one that does not
-      take their width.
+    InputError: tables of another hash or not finite, an unknown format or one
+      that does not take their width.
   """
   require_tables(tables, hashing)
   row_format = RowFormat(name, next(iter(tables.values())).shape[1])
@@ -116,7 +118,9 @@ def pack_tables(
   for layer, rows in hashing.num_rows.items():
     out = np.empty((rows, row_format.bytes_per_row), np.uint8)
     for start in range(0, rows, _CHUNK):
-      part = tables[layer][start : min(start + _CHUNK, rows)]
-      out[start : start + len(part)] = _pack(part, row_format)
+      end = min(start + _CHUNK, rows)
+      # Of NumPy: only then does it refuse what is not finite.
+      part = np.asarray(tables[layer][start:end])
+      out[start:end] = pack_rows(part, row_format)
     packed[layer] = out
   return packed, row_format

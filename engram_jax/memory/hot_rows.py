@@ -158,7 +158,8 @@ class _Layer:
   """The cache of one layer."""
 
   def __init__(self, slots: int, num_rows: int, size: int, device: Any):
-    self.slots = jnp.zeros((slots, size), jnp.uint8, device=device)
+    self._empty = lambda: jnp.zeros((slots, size), jnp.uint8, device=device)
+    self.slots = self._empty()
     self.nothing = jnp.zeros((1, size), jnp.uint8, device=device)
     # NumPy's zeros take no memory before they are written to.
     self._place = np.zeros(num_rows, np.int32)
@@ -199,9 +200,7 @@ class _Layer:
     source = slots[wanted.inverse].astype(np.int32)
     found = _rows_of(self.slots, sent, source)
     if missing.any():
-      self.slots = _keep(self.slots, sent, places)
-      # Not before: what failed would be taken for kept.
-      self._admit(wanted.ids[missing][order], taken)
+      self._replace(wanted.ids[missing][order], taken, sent, places)
     sums = (
       self.statistics.asked + source.size,
       self.statistics.hits + int((~missing).sum()),
@@ -211,10 +210,22 @@ class _Layer:
     self.statistics = CacheStatistics(*sums)
     return found
 
-  def _admit(self, ids: np.ndarray, slots: np.ndarray) -> None:
-    """Notes that the slots are these rows' from now on."""
+  def _replace(
+    self, ids: np.ndarray, slots: np.ndarray, sent: Array, places: np.ndarray
+  ) -> None:
+    """Writes `sent` to `places`; the slots are these rows' from now on."""
     before = self._owner[slots]
+    # In this order: whatever fails, no slot is taken for what it does not hold.
     self._place[before[before >= 0]] = 0
+    self._owner[slots] = -1
+    try:
+      self.slots = _keep(self.slots, sent, places)
+    except BaseException:
+      # The slots were given up to it, or are in an unknown state.
+      self._place[self._owner[self._owner >= 0]] = 0
+      self._owner[:] = -1
+      self.slots = self._empty()
+      raise
     self._owner[slots] = ids
     self._place[ids] = slots + 1
 

@@ -24,6 +24,7 @@ from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.stores import (
   Buffers,
+  OwnBuffers,
   PackedRows,
   RowIdsByLayer,
   RowStore,
@@ -136,8 +137,9 @@ class Prefetcher:
     self.store, self.hashing = store, hashing
     self._device = device
     self._closed = False
+    self._closing = threading.Lock()
     self._room = threading.BoundedSemaphore(depth)
-    self._own = threading.local()
+    self._own = OwnBuffers()
     self._pool = concurrent.futures.ThreadPoolExecutor(
       threads, thread_name_prefix="engram-prefetch"
     )
@@ -160,10 +162,11 @@ class Prefetcher:
     """
     self._room.acquire()
     try:
-      # Closing may have been what made the room.
-      valid = "an open one: this one was closed"
-      require(not self._closed, "prefetcher", "closed", valid)
-      future = self._pool.submit(self._read, row_ids)
+      with self._closing:
+        # Closing may have been what made the room.
+        valid = "an open one: this one was closed"
+        require(not self._closed, "prefetcher", "closed", valid)
+        future = self._pool.submit(self._read, row_ids)
     except BaseException:
       self._room.release()
       raise
@@ -192,7 +195,8 @@ class Prefetcher:
 
   def close(self) -> None:
     """Drops what has not begun, waits for the rest, and ends the threads."""
-    self._closed = True
+    with self._closing:
+      self._closed = True
     self._pool.shutdown(wait=True, cancel_futures=True)
 
   def __enter__(self) -> "Prefetcher":
@@ -204,8 +208,6 @@ class Prefetcher:
   def _read(
     self, row_ids: RowIdsByLayer | Callable[[], RowIdsByLayer]
   ) -> PackedRows:
-    if not hasattr(self._own, "buffers"):
-      self._own.buffers = Buffers()
     return read_to_device(
       self.store,
       row_ids() if callable(row_ids) else row_ids,
@@ -228,20 +230,27 @@ def prefetched(
     ahead: items whose fetch is begun before they are asked for; 0 for none.
 
   Yields:
-    The item and its rows on the device. What a fetch raised is raised where
-    its item would come.
+    The item and its rows on the device. What `items`, `start` or a fetch
+    raised is raised where the item would come, after those before it.
   """
   require(ahead >= 0, "ahead", ahead, "an integer >= 0")
   under_way = collections.deque()
+  source, more = iter(items), True
   try:
-    for item in items:
-      under_way.append((item, start(item)))
-      if len(under_way) > ahead:
+    while more or under_way:
+      while more and len(under_way) <= ahead:
+        try:
+          item = next(source)
+          under_way.append((item, start(item)))
+        except StopIteration:
+          more = False
+        except Exception as error:
+          more, failed = False, Fetch()
+          failed.set_exception(error)
+          under_way.append((None, failed))
+      if under_way:
         item, fetch = under_way.popleft()
         yield item, fetch.result()
-    while under_way:
-      item, fetch = under_way.popleft()
-      yield item, fetch.result()
   finally:
     for _, fetch in under_way:
       fetch.cancel()

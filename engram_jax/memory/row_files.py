@@ -167,11 +167,15 @@ class RowFile:
       out: uint8 [U, bytes_per_row], C order.
 
     Raises:
-      InputError: an unknown layer or a row id outside it.
+      InputError: an unknown layer, a row id outside it, or an `out` of another
+        shape or dtype.
     """
     header, size = self.header, self.header.row_format.bytes_per_row
     rows = header.num_rows.get(layer, 0)
     require(rows, "layer", layer, f"one of {list(header.num_rows)}")
+    ok = out.shape == (row_ids.size, size) and out.dtype == np.uint8
+    found = f"{out.dtype}{list(out.shape)}"
+    require(ok, "out", found, f"uint8[{row_ids.size}, {size}]")
     if not row_ids.size:
       return
     for wrong in (row_ids.min(), row_ids.max()):

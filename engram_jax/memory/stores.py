@@ -101,6 +101,13 @@ class Buffers:
     return array[: rows * size].reshape(rows, size)
 
 
+class OwnBuffers(threading.local):
+  """`Buffers` of whichever thread asks for `.buffers`."""
+
+  def __init__(self):
+    self.buffers = Buffers()
+
+
 @runtime_checkable
 class RowStore(Protocol):
   """Packed rows of every Engram layer of a model.
@@ -244,9 +251,12 @@ class DeviceStore(_ProgramStore):
   """Packed tables in the device's memory.
 
   Args:
-    tables: uint8 [R, n] per layer.
+    tables: uint8 [R, n] per layer; those of NumPy are sent to the device.
     row_format: of the rows.
   """
+
+  def __init__(self, tables: PackedTables, row_format: RowFormat):
+    super().__init__(jax.device_put(dict(tables)), row_format)
 
   def _gather(self, table: Array, ids: Array) -> Array:
     return lookup(table, ids)
@@ -440,21 +450,24 @@ class SlowStore:
   other threads run meanwhile.
 
   Args:
-    store: a `HostStore` or `FileStore`.
+    store: a `HostStore`, a `FileStore`, or another one of `HostReads`.
     delay_s: seconds added to each read.
     bytes_per_s: of packed rows; None for no limit.
 
   Raises:
-    InputError: a negative delay, or a rate that is not above 0.
+    InputError: another kind of store, a negative delay, or a rate that is not
+      above 0.
   """
 
   def __init__(
     self,
-    store: HostStore | FileStore,
+    store: RowStore,
     *,
     delay_s: float = 0.0,
     bytes_per_s: float | None = None,
   ):
+    found, valid = type(store).__name__, "a HostStore, FileStore or the like"
+    require(isinstance(store, HostReads), "store", found, valid)
     ok = math.isfinite(delay_s) and delay_s >= 0
     require(ok, "delay_s", delay_s, "a finite number >= 0")
     ok = bytes_per_s is None or bytes_per_s > 0

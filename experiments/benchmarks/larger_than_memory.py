@@ -285,6 +285,8 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   args = flags.FLAGS
+  require(args.caches_mib, "caches_mib", "none", "one or more sizes")
+  require(args.tokens >= 1, "tokens", args.tokens, "an integer >= 1")
   own = find_preset(args.preset).model
   require(own.engram, "preset", args.preset, "a model with a memory")
   model, row_format = with_memory_of(

@@ -5,8 +5,8 @@
 
 `lookup`, on simulated CPU devices, each number of them in a process of its own:
 
-  exchange        `memory.exchange` with the room that training starts with,
-                  1.25 times the mean, or what its batch then needs
+  exchange        `memory.exchange` with the room that training starts with
+                  (`mesh.lookup_capacity`), or what its batch then needs
   exchange, full  with room for any batch
   gather          `memory.exchange` for few ids
   plain           table[ids] jitted with shardings, which XLA partitions; its

@@ -13,7 +13,8 @@ from engram_jax.decoding.generate import (
   pad_prompts,
 )
 from engram_jax.decoding.slots import insert
-from engram_jax.memory.homes import open_store
+from engram_jax.memory.homes import open_store, pack_tables
+from engram_jax.memory.stores import HostStore
 
 KEY = jax.random.key(3)
 PROMPTS = [
@@ -121,6 +122,56 @@ def test_slots_and_a_store_with_a_cache(tiny, together):
   )
   assert found == ended
   assert store.by_layer[0].hits > 0
+
+
+def test_a_prompt_that_waits_is_read_before_a_slot_is_free(tiny, together):
+  store = open_store("host", tiny.tables, tiny.hashing)
+  steps = generate(
+    *(tiny.model, None, tiny.hashing, tiny.compression),
+    PROMPTS[:3],
+    max_new_tokens=STEPS,
+    key=KEY,
+    slots=1,
+    store=store,
+    prefetch=False,
+  )
+  reads = []
+  found = [[], [], []]
+  for step in steps:
+    reads.append(store.statistics.reads)
+    (speaker,) = np.flatnonzero(step.tokens != NO_TOKEN)
+    found[speaker].append(int(step.tokens[speaker]))
+  assert found == together[0][:3]
+  # The first step: its own prompt, its next token, and the next prompt.
+  assert reads[0] == 3 and reads[1] == 4
+  assert reads[-1] == 3 * STEPS  # each prompt, and a token less than were drawn
+
+
+def test_a_sequence_that_has_ended_reads_no_more_rows(tiny, together):
+  _, end_id, ended = together
+  short = min(range(len(PROMPTS)), key=lambda i: len(ended[i]))
+  long = max(range(len(PROMPTS)), key=lambda i: len(ended[i]))
+  assert len(ended[short]) < len(ended[long]) == STEPS
+  asked = []
+
+  class Noting(HostStore):
+    def read(self, row_ids, *, buffers=None):
+      asked.append({i: np.asarray(ids) for i, ids in row_ids.items()})
+      return super().read(row_ids, buffers=buffers)
+
+  generate_all(
+    *(tiny.model, None, tiny.hashing, tiny.compression),
+    [PROMPTS[short], PROMPTS[long]],
+    # Far beyond what the caches hold, if it went on to count.
+    max_new_tokens=40,
+    key=KEY,
+    end_id=end_id,
+    store=Noting(*pack_tables(tiny.tables, tiny.hashing, "float32")),
+    prefetch=False,
+  )
+  after = asked[1 + len(ended[short]) + 3 :]
+  for layer in tiny.hashing.layers:
+    assert len({tuple(x[layer][0].flat) for x in after}) <= 1
 
 
 def test_insert_takes_any_tree():

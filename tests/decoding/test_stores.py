@@ -1,5 +1,7 @@
 """Decoding from any home of the rows, with the bits of the tables' own."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 
@@ -22,6 +24,7 @@ from engram_jax.memory.prefetch import Prefetcher
 from engram_jax.memory.quantization import unpack_rows
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import write_row_file
+from engram_jax.memory.stores import HostStore
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
@@ -155,6 +158,107 @@ def test_the_step_is_compiled_once_whatever_is_read(tiny_wide, open_home):
   assert [program._cache_size() for program in programs] == sizes
 
 
+def test_the_decoder_hashes_whatever_the_prefetcher_was_given(
+  tiny_wide, open_home, resident
+):
+  hashing = tiny_wide.hashing
+  other = dataclasses.replace(
+    hashing, multipliers={i: x + 2 for i, x in hashing.multipliers.items()}
+  )
+  for given in (None, other):
+    with Prefetcher(open_home("host"), given) as rows:
+      found = bits(StoreDecoder(*parts_of(tiny_wide, rows)))
+    assert_same(found, resident("float32"))
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_threads_share_a_decoder(tiny_wide, open_home, prefetch):
+  store = open_home("host")
+  alone = StoreDecoder(*parts_of(tiny_wide, store))
+  prompts = [[5, 6, 7, 8, 9]], [[9, 3, 1, 4]]
+
+  def first_logits(decoder, prompt):
+    state = decoder.init_state(1, CAPACITY)
+    tokens = pad_prompts(prompt, vocab_size=24)
+    return np.asarray(decoder.start(state, *tokens)()[0])
+
+  expected = [first_logits(alone, prompt) for prompt in prompts]
+  both_have_read = threading.Barrier(2)
+
+  class Meeting(HostStore):
+    def read(self, row_ids, *, buffers=None):
+      rows = super().read(row_ids, buffers=buffers)
+      both_have_read.wait(60)
+      return rows
+
+  packed = pack_tables(tiny_wide.tables, tiny_wide.hashing, "float32")
+  rows = Meeting(*packed)
+  with contextlib.ExitStack() as stack:
+    if prefetch:
+      rows = stack.enter_context(Prefetcher(rows, threads=2))
+    decoder = StoreDecoder(*parts_of(tiny_wide, rows))
+    run = lambda prompt: first_logits(decoder, prompt)
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+    found = list(pool.map(run, prompts))
+  for one, other in zip(found, expected):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["tables", "store"])
+def test_a_step_keeps_its_own_tokens(tiny_wide, open_home, kind):
+  if kind == "tables":
+    decoder = TableDecoder(*tiny_wide.parts)
+  else:
+    decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
+
+  def step(spoil):
+    # Aligned as JAX would take it over.
+    tokens = np.zeros(64 * 3, np.int32)[: 3 * 16].reshape(3, 16)
+    tokens[:, :4] = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 8, 7, 6]]
+    state = decoder.init_state(3, 32)
+    end = decoder.start(state, tokens, np.full(3, 4))
+    if spoil:
+      tokens[:] = 11
+    return np.asarray(end()[0])
+
+  np.testing.assert_array_equal(step(True), step(False))
+
+
+@pytest.mark.parametrize("kind", ["tables", "store"])
+def test_a_decoder_refuses_what_prefill_refuses(tiny_wide, open_home, kind):
+  if kind == "tables":
+    decoder = TableDecoder(*tiny_wide.parts)
+  else:
+    decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
+
+  def start(shape, lengths, value=1):
+    state = decoder.init_state(2, 8)
+    return decoder.start(state, np.full(shape, value, np.int32), lengths)
+
+  for shape, lengths, line in (
+    ((2, 16), [9, 9], "tokens in the cache: 9; valid: 1 <= id < 9"),
+    ((2, 4), [5, 1], "lengths: 5; valid: 1 <= id < 5"),
+    ((2, 4), [0, 1], "lengths: 0; valid: 1 <= id < 5"),
+    ((3, 4), [1, 1, 1], r"batch of tokens, lengths: .*3.*; valid: the state"),
+  ):
+    with pytest.raises(InputError, match=f"^{line}"):
+      start(shape, np.array(lengths, np.int32))
+  _, state = start((2, 8), np.array([8, 8], np.int32))()
+  with pytest.raises(InputError, match=r"^tokens in the cache: 9"):
+    decoder.start(state, np.ones(2, np.int32))
+  # Padding may be any id.
+  tokens = np.full((2, 8), 10**6, np.int32)
+  tokens[:, :3] = 1
+  found = decoder.start(
+    decoder.init_state(2, 8), tokens, np.full(2, 3, np.int32)
+  )()
+  tokens[:, 3:] = 0
+  expected = decoder.start(
+    decoder.init_state(2, 8), tokens, np.full(2, 3, np.int32)
+  )()
+  np.testing.assert_array_equal(found[0], expected[0])
+
+
 def test_generate_takes_a_store(tiny_wide, open_home):
   options = {"max_new_tokens": 5, "key": KEY, "temperature": 1.5}
   expected = generate_all(*tiny_wide.parts, PROMPTS, **options)
@@ -267,7 +371,21 @@ def test_refusals_by_name(tiny, tiny_wide, open_home):
   with refused("capacity_bytes: 5; valid: at least 32 bytes, a row in each"):
     open_store("host", tiny.tables, tiny.hashing, cache_bytes=5)
 
+  loud = {i: x.at[3, 1].set(jnp.inf) for i, x in tiny_wide.tables.items()}
+  for name in ("fp8", "int8", "bfloat16", "float32"):
+    with refused("rows: inf; valid: finite numbers"):
+      open_store("host", loud, tiny_wide.hashing, row_format=name)
+  with refused("verify: True; valid: a store that is file:PATH: host has no"):
+    open_store("host", tiny.tables, tiny.hashing, verify=True)
+
   path = open_home("file", "int8").file.path
+  content = bytearray(path.read_bytes())
+  content[-5000] ^= 1  # a row's
+  damaged = path.with_name("damaged")
+  damaged.write_bytes(content)
+  open_store(f"file:{damaged}", None, tiny_wide.hashing)
+  with refused(r"of .*damaged"):
+    open_store(f"file:{damaged}", None, tiny_wide.hashing, verify=True)
   with refused("row_format: fp8; valid: int8, the file's, or none"):
     open_store(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
   with refused("compression_digest of .*rows: "):

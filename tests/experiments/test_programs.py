@@ -216,8 +216,8 @@ def test_evaluate_from_any_home(finished, row_file, program, tmp_path):
     return json.loads(out.read_text())["loss"]
 
   expected = losses_of()
-  found = losses_of(f"--store=file:{row_file}", "--cache_mib=0.001")
-  assert found == pytest.approx(expected, rel=1e-6)
+  options = f"--store=file:{row_file}", "--cache_mib=0.001", "--verify"
+  assert losses_of(*options) == expected
   rounded = losses_of("--store=host", "--row_format=int8", "--noprefetch")
   assert 0 < abs(rounded["on"] - expected["on"]) < 0.01
   assert rounded["off"] == expected["off"]
@@ -249,6 +249,25 @@ def test_generate_from_any_home(finished, row_file, program):
   assert generated(*options) == expected
 
 
+@pytest.mark.parametrize(
+  "options, words",
+  [
+    (["--cache_mib=nan"], ["cache_mib", "nan"]),
+    (["--cache_mib=-1"], ["cache_mib", "-1"]),
+    (["--cache_mib=1e-9"], ["capacity_bytes", "1"]),
+    (["--verify"], ["verify", "file:PATH"]),
+    (["--store=host", "--verify"], ["verify", "file:PATH"]),
+  ],
+)
+def test_a_store_that_cannot_be_is_one_clear_line(
+  finished, program, options, words
+):
+  done = program(
+    "evaluate", f"--workdir={finished[0]}", *options, configured=False
+  )
+  assert_one_line(done, words)
+
+
 def test_a_row_file_of_another_model_is_one_clear_line(
   finished, program, tmp_path
 ):
@@ -276,6 +295,10 @@ MISTAKES = {
   "a typo in a field": (
     ["--config.model.hiden_size=32"],
     ["hiden_size", "hidden_size"],
+  ),
+  "a field of what is None": (
+    ["--config.model.attention.yarn.scale=8"],
+    ["attention.yarn.scale", "is None"],
   ),
   "a missing config": (["--config=nowhere.py"], ["nowhere.py"]),
   "a missing folder": (["--config.data.folder=/no/such/folder"], ["/no/such"]),

@@ -314,6 +314,7 @@ def rewrite(small, **changes):
     ("hc_mult", True, "True; valid"),
     ("hc_mult", "2\ud800\n", r"'2\\ud800\\n'; valid"),
     ("rms_norm_eps", 0, "0; valid: a number above 0"),
+    ("rms_norm_eps", 10**400, "10+.*; valid: a number above 0"),
     ("engram_layer_ids", [1, 1], r"\[1, 1\]; valid: one or more different"),
     ("engram_layer_ids", [], r"\[\]; valid: one or more different"),
     ("engram_layer_ids", [1, -14], r"\[1, -14\]; valid: a list of integers"),

@@ -1,24 +1,17 @@
-"""The released tables at full size, 203 GB of which a few MB are really there.
+"""The released tables at full size, 203 GB, of which a few MB are there."""
 
-Sparse files: the system keeps no block for what was never written, and gives
-zeros for it.
-"""
-
-import json
 import os
 import pathlib
 import shutil
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.interop.deepseek_v41 import open_v41, tensor_shapes
-from engram_jax.interop.safetensors_files import encode_header
-from engram_jax.interop.v41_config import QUANTIZATION, RELEASED, V41Fields
+from engram_jax.interop.deepseek_v41 import open_v41
 from engram_jax.memory.stores import unpack
+from experiments.benchmarks import full_size
 
 STATM = pathlib.Path("/proc/self/statm")
 GIB = 2**30
@@ -29,52 +22,11 @@ def resident() -> int:
   return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def write_sparse(folder, ids):
-  """The released checkpoint's memory, with random bytes in rows `ids`."""
-  fields = V41Fields(**RELEASED, rms_norm_eps=1e-6)
-  random, written, weight_map = np.random.default_rng(0), {}, {}
-  for shard, layer in enumerate(fields.engram_layer_ids, 47):
-    path = folder / f"model-000{shard}-of-00048.safetensors"
-    tensors = {
-      name: (dtypes[0], shape)
-      for name, (dtypes, shape) in tensor_shapes(fields, layer).items()
-    }
-    weight_map |= dict.fromkeys(tensors, path.name)
-    header = encode_header(tensors)
-    offsets = {
-      name: entry["data_offsets"]
-      for name, entry in json.loads(header[8:]).items()
-    }
-    values = random.integers(0, 127, (len(ids[layer]), 256), dtype=np.uint8)
-    scales = random.integers(100, 140, (len(ids[layer]), 8), dtype=np.uint8)
-    written[layer] = values, scales
-    with open(path, "xb") as file:
-      file.write(header)
-      file.truncate(len(header) + max(end for _, end in offsets.values()))
-      for name, rows in (("weight", values), ("scale", scales)):
-        start = offsets[f"layers.{layer}.engram.embed.{name}"][0] + len(header)
-        for row, content in zip(ids[layer].tolist(), rows):
-          file.seek(start + row * rows.shape[1])
-          file.write(content.tobytes())
-  config = {
-    "text_config": RELEASED | {"rms_norm_eps": 1e-6},
-    "quantization_config": QUANTIZATION,
-  }
-  (folder / "config.json").write_text(json.dumps(config))
-  index = {"weight_map": weight_map}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  return written
-
-
 @pytest.fixture
 def sparse(tmp_path):
   """Where a sparse file takes no room; emptied afterwards."""
-  probe = tmp_path / "probe"
-  with open(probe, "wb") as file:
-    file.truncate(2**26)
-  if os.stat(probe).st_blocks * 512 > 2**20:
+  if not full_size.has_sparse_files(tmp_path):
     pytest.skip("this file system has no sparse files")
-  probe.unlink()
   folder = tmp_path / "checkpoint"
   folder.mkdir()
   yield folder
@@ -83,13 +35,8 @@ def sparse(tmp_path):
 
 @pytest.mark.skipif(not STATM.exists(), reason="asks Linux what is resident")
 def test_opens_and_reads_without_loading(sparse):
-  rows = dict(zip(RELEASED["engram_layer_ids"], (384_006_168, 384_016_682)))
-  random = np.random.default_rng(1)
-  ids = {
-    layer: np.unique(np.r_[0, count - 1, random.integers(0, count, 1500)])
-    for layer, count in rows.items()
-  }
-  written = write_sparse(sparse, ids)
+  ids = full_size.choose_ids(1500)
+  full_size.write_sparse(sparse, ids)
   sizes = [os.stat(path) for path in sparse.iterdir()]
   assert sum(status.st_size for status in sizes) > 202_758_032_400
   assert sum(status.st_blocks * 512 for status in sizes) < GIB // 8
@@ -98,17 +45,19 @@ def test_opens_and_reads_without_loading(sparse):
   checkpoint = open_v41(sparse)
   assert resident() - before < GIB // 8  # nothing but headers
   store = checkpoint.store
-  assert store.num_rows == rows and store.row_format.bytes_per_row == 264
+  assert store.num_rows == full_size.ROWS
+  assert store.row_format.bytes_per_row == 264
   packed = store.read(ids)
   found = jax.jit(unpack, static_argnums=1)(packed, store.row_format)
   assert resident() - before < GIB
-  for layer, (values, scales) in written.items():
-    numbers = values.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    expected = numbers * np.repeat(factors, 32, axis=1)
+  for layer, parts in full_size.known_bytes(ids).items():
+    expected = full_size.as_numbers(*parts)
     np.testing.assert_array_equal(found[layer], expected)
     # What was never written is zeros with scale byte 0, not a neighbour's row.
     between = np.setdiff1d(ids[layer][:-1] + 1, ids[layer])
     assert not store.read({layer: between}).packed[layer].any()
-    with pytest.raises(InputError, match=rf"0 <= id < {rows[layer]}"):
-      store.read({layer: np.array([rows[layer]])})
+    rows = full_size.ROWS[layer]
+    with pytest.raises(InputError, match=rf"0 <= id < {rows}"):
+      store.read({layer: np.array([rows])})
+  figures = full_size.open_and_read(folder=str(sparse), rows=1500, repeats=2)
+  assert figures["rows_compared"] == sum(map(len, ids.values()))

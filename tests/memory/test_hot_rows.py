@@ -204,22 +204,32 @@ def test_a_failing_store_leaves_the_cache_as_it_was():
   np.testing.assert_array_equal(found.packed[1][0], tables()[1][7])
 
 
-def test_what_fails_on_the_device_is_not_taken_for_kept(monkeypatch):
+@pytest.mark.parametrize("part", ["_rows_of", "_keep", "_keep, done"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_fails_on_the_device_is_not_taken_for_kept(
+  monkeypatch, part, error
+):
   from engram_jax.memory import hot_rows
 
-  cache, ids = cached(40), row_ids(0, (1, 2, 6))
-  plain = hot_rows._rows_of
+  # A cache that is full, so that others make room.
+  cache, before, ids = cached(4), row_ids(1), row_ids(0)
+  cache.read(before)
+  part, _, done = part.partition(", ")
+  plain = getattr(hot_rows, part)
 
   def fails(*arguments):
-    raise RuntimeError("RESOURCE_EXHAUSTED")
+    if done:
+      plain(*arguments)  # the slots are given up
+    raise error("RESOURCE_EXHAUSTED")
 
-  monkeypatch.setattr(hot_rows, "_rows_of", fails)
-  with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+  monkeypatch.setattr(hot_rows, part, fails)
+  with pytest.raises(error, match="RESOURCE_EXHAUSTED"):
     cache.read(ids)
-  monkeypatch.setattr(hot_rows, "_rows_of", plain)
-  expected = cached(40).read(ids).packed
-  for layer, rows in cache.read(ids).packed.items():
-    np.testing.assert_array_equal(rows, expected[layer])
+  monkeypatch.setattr(hot_rows, part, plain)
+  for asked in (before, ids, before):
+    expected = cached(40).read(asked).packed
+    for layer, rows in cache.read(asked).packed.items():
+      np.testing.assert_array_equal(rows, expected[layer])
 
 
 def test_refusals_by_name():

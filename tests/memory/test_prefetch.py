@@ -232,6 +232,24 @@ def test_an_iterator_raises_where_the_item_would_come():
     check(prefetcher.fetch(ids_of(2)).result(), ids_of(2))
 
 
+def test_what_the_items_raise_comes_after_those_before():
+  def items():
+    yield ids_of(0)
+    yield ids_of(1)
+    raise OSError("the pipe broke")
+
+  with Prefetcher(host(), depth=8) as prefetcher:
+    for ahead in (0, 1, 4):
+      found = prefetched(items(), prefetcher.fetch, ahead=ahead)
+      for seed in (0, 1):
+        check(next(found)[1], ids_of(seed))
+      with pytest.raises(OSError, match="the pipe broke"):
+        next(found)
+  found = prefetched([ids_of(0)], prefetcher.fetch)
+  with pytest.raises(InputError, match="prefetcher: closed"):
+    next(found)
+
+
 def test_refusals_by_name():
   for change in ({"threads": 0}, {"depth": 0}):
     (name,) = change

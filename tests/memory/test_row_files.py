@@ -124,6 +124,17 @@ def test_blocks_of_checksums_span_many_pages(tmp_path):
     RowFile(tmp_path / "rows").verify()
 
 
+def test_only_room_for_the_rows_asked_for_is_filled(written):
+  path, _ = written
+  file = RowFile(path)
+  (layer, *_), size = file.header.num_rows, file.header.row_format.bytes_per_row
+  # Of another number of rows the type checker of these tests knows already.
+  out = np.empty((1, size - 1), np.uint8)
+  valid = rf"valid: uint8\[1, {size}\]"
+  with pytest.raises(InputError, match=f"^out: .*; {valid}"):
+    file.read(layer, np.array([0]), out)
+
+
 def test_a_file_of_another_model_is_refused_by_name(written):
   path, _ = written
   RowFile(path, hashing=HASH, compression_digest=DIGEST)

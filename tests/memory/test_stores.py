@@ -265,6 +265,8 @@ def test_a_slow_store_reads_the_same_later(make):
   for wrong in (-1.0, float("nan")):
     with pytest.raises(InputError, match=f"delay_s: {wrong}"):
       SlowStore(store, delay_s=wrong)
+  with pytest.raises(InputError, match=r"^store: PinnedStore; valid: a Host"):
+    SlowStore(make("pinned"))
   with pytest.raises(InputError, match=r"bytes_per_s: 0\.0; valid: a number"):
     SlowStore(store, bytes_per_s=0.0)
 
@@ -283,3 +285,11 @@ def test_tables_that_are_none_are_refused_by_name():
     HostStore({1: packed[1][::2]}, row_format)
   with pytest.raises(InputError, match=r"tables\[1\]: uint8\[0, 66\]; valid:"):
     DeviceStore({1: jnp.zeros((0, 66), jnp.uint8)}, row_format)
+
+
+def test_a_device_store_takes_tables_of_numpy():
+  packed, row_format = packed_tables()
+  ids = np.array([[0, 7]])
+  found = DeviceStore(packed, row_format).read({1: ids})
+  assert isinstance(found.packed[1], jax.Array)
+  np.testing.assert_array_equal(found.packed[1], packed[1][ids])

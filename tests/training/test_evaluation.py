@@ -128,7 +128,7 @@ def test_a_store_gives_the_losses_of_the_tables(
     store=store,
     prefetch=prefetch,
   )
-  assert found == pytest.approx(expected, rel=1e-6)
+  assert found == expected
   assert list(found) == list(MEMORY_MODES)
   assert store.statistics.reads == 4
 

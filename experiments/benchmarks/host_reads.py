@@ -1,0 +1,227 @@
+"""Rows from host memory to the device: which way there is the fastest.
+
+  python -m experiments.benchmarks.host_reads
+  python -m experiments.benchmarks.host_reads --gib=40
+
+One step's rows of all layers, from ids to numbers on the device, in turns:
+
+  device      the tables lie on the device: what the others are compared with
+  pinned      a gather on the host inside the program (`PinnedStore`)
+  sent        NumPy reads each distinct row once, device_put (`HostStore`)
+  callback    the program asks NumPy: `jax.pure_callback` of the same reads
+
+All must give the same numbers. The ids are Zipf-distributed over the rows. A
+way that a platform does not take is left out, and the JSON says why. On a
+machine without an accelerator the device's memory is the host's: the figures
+are then of what each way costs besides the way itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from engram_jax.memory.prefetch import read_to_device
+from engram_jax.memory.quantization import FORMATS, RowFormat
+from engram_jax.memory.stores import (
+  Buffers,
+  DeviceStore,
+  HostStore,
+  PackedRows,
+  PinnedStore,
+  unpack,
+)
+from experiments import number_flags
+from experiments.benchmarks import harness
+
+#: Engram layers of V4.1.
+LAYERS = (1, 14)
+_unpack = jax.jit(unpack, static_argnames="row_format")
+
+Ids = Mapping[int, np.ndarray]
+Way = Callable[[Ids], dict[int, jax.Array]]
+
+
+def make_tables(rows: int, row_format: RowFormat) -> dict[int, np.ndarray]:
+  """Packed rows of random bytes that are finite numbers, uint8 [R, n]."""
+  random, tables = np.random.default_rng(0), {}
+  for layer in LAYERS:
+    # Bytes below 120: no NaN of fp8, and no exponent too large elsewhere.
+    size = row_format.bytes_per_row
+    part = random.integers(0, 120, (min(rows, 2**16), size), dtype=np.uint8)
+    # The content does not matter; every page is one of its own.
+    tables[layer] = np.resize(part, (rows, size))
+  return tables
+
+
+def zipf_ids(rows: int, count: int, *, seed: int) -> dict[int, np.ndarray]:
+  """int32 [count] per layer; the n-th most frequent id comes as 1 / n."""
+  random = np.random.default_rng(seed)
+  ids = {}
+  for layer in LAYERS:
+    # By the inverse of the distribution, whose sum goes as the logarithm.
+    rank = np.exp(random.random(count) * np.log(rows)).astype(np.int64) - 1
+    # Frequent rows lie anywhere.
+    ids[layer] = (rank * 2_654_435_761 % rows).astype(np.int32)
+  return ids
+
+
+def ways(
+  tables: Mapping[int, np.ndarray], row_format: RowFormat, *, device: bool
+) -> tuple[dict[str, Way], dict[str, str]]:
+  """Every way that this platform takes; and those it does not, with why.
+
+  Args:
+    tables: uint8 [R, n] per layer.
+    row_format: of the rows.
+    device: whether the tables are put on the device, too.
+  """
+  host, buffers = HostStore(tables, row_format), Buffers()
+
+  def in_program(store) -> Way:
+    @jax.jit
+    def read(ids):
+      return unpack(store.read(ids), row_format)
+
+    return read
+
+  def sent(ids):
+    packed = read_to_device(host, ids, buffers=buffers)
+    return _unpack(packed, row_format=row_format)
+
+  @jax.jit
+  def callback(ids):
+    shapes = {
+      layer: jax.ShapeDtypeStruct(
+        (*x.shape, row_format.bytes_per_row), jnp.uint8
+      )
+      for layer, x in ids.items()
+    }
+
+    def read(ids):
+      found = host.read({layer: np.asarray(x) for layer, x in ids.items()})
+      return {i: x[found.inverse[i]] for i, x in found.packed.items()}
+
+    packed = jax.pure_callback(read, shapes, ids)
+    rows = PackedRows(packed, dict.fromkeys(packed))
+    return unpack(rows, row_format)
+
+  makers = {
+    "device": lambda: in_program(DeviceStore(tables, row_format)),
+    "pinned": lambda: in_program(PinnedStore(tables, row_format)),
+    "sent": lambda: sent,
+    "callback": lambda: callback,
+  }
+  if not device:
+    del makers["device"]
+  found, without = {}, {}
+  probe = {layer: np.zeros(8, np.int32) for layer in LAYERS}
+  for name, make in makers.items():
+    try:
+      way = make()
+      jax.block_until_ready(way(probe))
+    except Exception as error:  # whatever a platform's compiler says
+      lines = str(error).splitlines() or [type(error).__name__]
+      without[name] = f"{type(error).__name__}: {lines[0][:200]}"
+    else:
+      found[name] = way
+  return found, without
+
+
+def measure(
+  tables: Mapping[int, np.ndarray],
+  row_format: RowFormat,
+  *,
+  counts: Sequence[int],
+  repeats: int,
+  device: bool = True,
+) -> dict[str, Any]:
+  """All ways in turns, by ids of a layer.
+
+  Raises:
+    RuntimeError: two ways give other numbers.
+  """
+  found, without = ways(tables, row_format, device=device)
+  rows, points = len(tables[LAYERS[0]]), []
+  for count in counts:
+    ids = zipf_ids(rows, count, seed=count)
+    results = {name: way(ids) for name, way in found.items()}
+    first = next(iter(results))
+    for name, result in results.items():
+      for layer, numbers in result.items():
+        if not np.array_equal(numbers, results[first][layer]):
+          raise RuntimeError(f"{name}: other numbers than {first}")
+    del results
+    # New ids at every call, the same for all ways: none is found in a cache.
+    drawn = [
+      zipf_ids(rows, count, seed=1000 * count + i) for i in range(repeats + 2)
+    ]
+
+    def case(way, drawn=drawn):
+      turn = iter(drawn)
+      return lambda: way(next(turn))
+
+    cases = {name: case(way) for name, way in found.items()}
+    times = harness.interleaved(cases, repeats=repeats)
+    point = {"ids": count, "ms": {k: x["median_ms"] for k, x in times.items()}}
+    if "device" in found:
+      base = point["ms"]["device"]
+      point["of_device"] = {k: x / base for k, x in point["ms"].items()}
+    off = {k: x for k, x in point["ms"].items() if k != "device"}
+    point["fastest"] = min(off, key=off.get)
+    points.append(point)
+  return {"points": points, "left_out": without}
+
+
+def define_flags() -> None:
+  harness.define_common("host_reads", repeats=15)
+  flags.DEFINE_float("gib", 2.0, "Of packed rows, both layers together.")
+  flags.DEFINE_enum("row_format", "fp8", FORMATS, "Of the packed rows.")
+  flags.DEFINE_integer("width", 256, "Numbers of a row.", lower_bound=1)
+  counts = [192, 1536, 12288, 98304]
+  text = "Row ids of a layer: a token has 24 in V4.1."
+  number_flags.define("ids", counts, text)
+  text = "Put the tables on the device too, to compare with."
+  flags.DEFINE_bool("device", True, text)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  args = flags.FLAGS
+  row_format = RowFormat(args.row_format, args.width)
+  size = int(args.gib * harness.GIB)
+  # Host, pinned, and on the device, which may be the same memory.
+  harness.require_memory("gib", args.gib, (2 + args.device) * size)
+  rows = size // len(LAYERS) // row_format.bytes_per_row
+  tables = make_tables(rows, row_format)
+  result = measure(
+    tables,
+    row_format,
+    counts=args.ids,
+    repeats=args.repeats,
+    device=args.device,
+  )
+  device = jax.devices()[0]
+  result = {
+    "device": device.device_kind,
+    "row_format": args.row_format,
+    "width": args.width,
+    "rows": rows,
+    "repeats": args.repeats,
+    **result,
+  }
+  names = list(result["points"][0]["ms"])
+  header = ("ids of a layer", *(f"{name}, ms" for name in names), "fastest")
+  lines = [
+    [point["ids"], *point["ms"].values(), point["fastest"]]
+    for point in result["points"]
+  ]
+  left = [f"without {k}: {why}" for k, why in result["left_out"].items()]
+  harness.publish(result, [harness.aligned(header, lines), *left])
+
+
+if __name__ == "__main__":
+  harness.launch(define_flags, main)
