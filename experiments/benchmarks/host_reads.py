@@ -16,6 +16,7 @@ machine without an accelerator the device's memory is the host's: the figures
 are then of what each way costs besides the way itself.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,11 @@ from engram_jax.memory.stores import (
   HostStore,
   PackedRows,
   PinnedStore,
+  RowStore,
+  gather_on_host,
   unpack,
 )
+from engram_jax.memory.table import lookup
 from experiments import number_flags
 from experiments.benchmarks import harness
 
@@ -81,12 +85,15 @@ def ways(
   """
   host, buffers = HostStore(tables, row_format), Buffers()
 
-  def in_program(store) -> Way:
+  def in_program(store: RowStore, gather: Callable) -> Way:
+    # Arguments: what a program closes over becomes a part of it.
     @jax.jit
-    def read(ids):
-      return unpack(store.read(ids), row_format)
+    def read(tables, ids):
+      packed = {layer: gather(tables[layer], x) for layer, x in ids.items()}
+      rows = PackedRows(packed, dict.fromkeys(packed))
+      return unpack(rows, row_format)
 
-    return read
+    return functools.partial(read, store.tables)
 
   def sent(ids):
     packed = read_to_device(host, ids, buffers=buffers)
@@ -110,8 +117,10 @@ def ways(
     return unpack(rows, row_format)
 
   makers = {
-    "device": lambda: in_program(DeviceStore(tables, row_format)),
-    "pinned": lambda: in_program(PinnedStore(tables, row_format)),
+    "device": lambda: in_program(DeviceStore(tables, row_format), lookup),
+    "pinned": lambda: in_program(
+      PinnedStore(tables, row_format), gather_on_host
+    ),
     "sent": lambda: sent,
     "callback": lambda: callback,
   }
