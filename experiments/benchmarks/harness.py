@@ -93,6 +93,18 @@ def peak_memory() -> int:
   return 1024 * kib
 
 
+def resident_memory() -> dict[str, float]:
+  """What this process holds now: `anonymous_mib`, and of files `mapped_mib`.
+
+  Pages of files are the system's to take back. NaN without /proc.
+  """
+  kib = {
+    name: _proc("/proc/self/status", field)
+    for name, field in (("anonymous_mib", "RssAnon"), ("mapped_mib", "RssFile"))
+  }
+  return {k: float("nan") if x is None else x / 1024 for k, x in kib.items()}
+
+
 def require_memory(field: str, value: Any, needed: int) -> None:
   """Refuses what would not fit beside what else the machine does.
 

@@ -14,13 +14,15 @@ cache of hot rows on the device, and always with prefetch:
 
 Before the tokens that are timed the model reads --before others, which fill
 the cache of hot rows. The scale is the same model with small tables on the
-device: what a step costs without any fetch.
+device: what a step costs without any fetch; the median of as many runs, each
+beside one of the others.
 """
 
 import contextlib
 import dataclasses
 import os
 import pathlib
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -175,7 +177,7 @@ def measure(
   """Throughput against the size of the cache; arguments as the flags."""
   parts = dict(prompt=prompt, before=before)
   timed(resident, text, **parts)  # compiles
-  points = []
+  points, scales = [], []
   for mib in caches_mib:
     point = {"cache_mib": mib}
     # The first compiles all programs of this size.
@@ -196,12 +198,11 @@ def measure(
         speed = timed(decoder, text, at_mark, **parts)
       if name == "unmeasured":
         continue
-      base = timed(resident, text, **parts)
+      scales.append(timed(resident, text, **parts))
       (first, layers), last = marks[0], store.statistics
       tokens = text.shape[0] * (text.shape[1] - prompt - before)
       point[name] = {
         "tokens_per_s": speed,
-        "of_resident": speed / base,
         "rows_read_per_token": (last.rows_read - first.rows_read) / tokens,
       }
       if cache is not None:
@@ -213,7 +214,11 @@ def measure(
         point[name]["hit_rate"] = hits / max(1, hits + misses)
         point["capacity_rows"] = sum(cache.capacity.values())
     points.append(point)
-  return {"resident_tokens_per_s": base, "caches": points}
+  scale = statistics.median(scales)
+  for point in points:
+    for name in ("cold", "warm"):
+      point[name]["of_resident"] = point[name]["tokens_per_s"] / scale
+  return {"resident_tokens_per_s": sorted(scales), "caches": points}
 
 
 # --- the program ---
@@ -326,14 +331,15 @@ def main(argv: Sequence[str]) -> None:
     "machine_gib": memory / harness.GIB,
     "write_s": seconds,
     "peak_gib": harness.peak_memory() / harness.GIB,
+    **harness.resident_memory(),
     **result,
   }
+  speed = statistics.median(result["resident_tokens_per_s"])
   about = (
     f"a file of {result['file_gib']:.1f} GiB, a machine of "
-    f"{result['machine_gib']:.1f} GiB; {result['resident_tokens_per_s']:.0f} "
-    f"tokens/s with a small table on the device; at most "
-    f"{result['peak_gib']:.1f} GiB of this process were resident, pages of the "
-    "file included"
+    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
+    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
+    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
   )
   harness.publish(result, [about, table_of(result)])
   plot(result, pathlib.Path(args.out).with_suffix(".png"))

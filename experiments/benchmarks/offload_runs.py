@@ -338,11 +338,9 @@ def resident_set(*, home: str, row_format: str, **fields: Any):
       decoder = stack.enter_context(decoding)
     del packed
     decode(decoder, prefill(subject, decoder))
-    status = pathlib.Path("/proc/self/status").read_text().splitlines()
-    kib = {x.split(":")[0]: x.split()[1] for x in status if x.endswith("kB")}
+    held = harness.resident_memory()
   return {
-    "anonymous_mib": int(kib["RssAnon"]) / 1024,
-    "mapped_mib": int(kib["RssFile"]) / 1024,
+    **held,
     "rows_mib": fmt.bytes_per_row
     * sum(subject.hashing.num_rows.values())
     / harness.MIB,
