@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from engram_jax.errors import require, require_in_range
+from engram_jax.errors import InputError, require, require_in_range
 from engram_jax.memory.quantization import RowFormat, unpack_rows
 from engram_jax.memory.row_files import RowFile
 from engram_jax.memory.table import lookup
@@ -266,7 +266,7 @@ class PinnedStore(_ProgramStore):
   """Packed tables in pinned host memory, gathered there by the program.
 
   Whether a platform compiles this is for it to say: CPU does, and TPU
-  (`experiments/benchmarks/pinned_tpu.py`).
+  (`experiments/benchmarks/pinned_tpu.py`). One row is read to find out.
 
   Args:
     tables: uint8 [R, n] per layer; copied to `pinned_host` memory.
@@ -274,7 +274,8 @@ class PinnedStore(_ProgramStore):
     device: whose host memory; None for the first.
 
   Raises:
-    InputError: a device without `pinned_host` memory.
+    InputError: a device without `pinned_host` memory, or that does not gather
+      there.
   """
 
   def __init__(
@@ -291,6 +292,13 @@ class PinnedStore(_ProgramStore):
     home = pinned_format(device)
     moved = {layer: _pin(x, home) for layer, x in tables.items()}
     super().__init__(moved, row_format)
+    try:
+      first = next(iter(moved.values()))
+      jax.block_until_ready(self._gather(first, jnp.zeros(1, jnp.int32)))
+    except Exception as error:  # whatever its compiler says
+      line = (str(error).splitlines() or [type(error).__name__])[0]
+      valid = f"one that gathers on its host; HostStore needs none ({line})"
+      raise InputError("device", device, valid) from error
 
   def _gather(self, table: Array, ids: Array) -> Array:
     return gather_on_host(table, ids)

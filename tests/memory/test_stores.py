@@ -287,6 +287,20 @@ def test_tables_that_are_none_are_refused_by_name():
     DeviceStore({1: jnp.zeros((0, 66), jnp.uint8)}, row_format)
 
 
+def test_a_platform_that_does_not_gather_on_its_host_is_refused(monkeypatch):
+  packed, row_format = packed_tables()
+
+  def refuse(table, ids):
+    raise RuntimeError("UNIMPLEMENTED: host compute\nand a long story")
+
+  monkeypatch.setattr(stores, "gather_on_host", refuse)
+  match = (
+    r"^device: .*; valid: .*; HostStore .* \(UNIMPLEMENTED: host compute\)"
+  )
+  with pytest.raises(InputError, match=match):
+    PinnedStore(packed, row_format)
+
+
 def test_a_device_store_takes_tables_of_numpy():
   packed, row_format = packed_tables()
   ids = np.array([[0, 7]])
