@@ -19,7 +19,6 @@ beside one of the others.
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import statistics
@@ -34,7 +33,6 @@ from absl import flags
 
 from engram_jax.analysis.accounting import counting_hash
 from engram_jax.analysis.plots import plot_lines
-from engram_jax.config import ModelConfig
 from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import prepare
 from engram_jax.decoding.decoders import Decoder, TableDecoder
@@ -49,40 +47,19 @@ from engram_jax.presets import preset as find_preset
 from experiments import number_flags
 from experiments.benchmarks import harness
 from experiments.benchmarks.offload_runs import (
+  POOL,
   Subject,
   decoder_of,
   make_rows,
   make_subject,
   to_tables,
+  with_memory_of,
+  with_rows,
 )
 from experiments.configs.preset import experiment_of
 
-#: Different rows in the file; they come again and again.
-POOL = 2**16
 #: Rows of a head in the resident tables, which are the scale.
 FEW = 4096
-
-
-def with_memory_of(
-  model: ModelConfig, gib: float, *, name: str, width: int
-) -> tuple[ModelConfig, RowFormat]:
-  """The model with rows of `width`, as many as `gib` of packed ones are."""
-  row_format = RowFormat(name, width)
-  memory = model.engram
-  per_layer = gib * harness.GIB / row_format.bytes_per_row / len(memory.layers)
-  orders = len(memory.rows_per_head)
-  rows = int(per_layer / (memory.heads * orders))
-  require(rows >= 1000, "gib", gib, "rows enough: 1,000 or more for a head")
-  memory = dataclasses.replace(memory, head_dim=width)
-  model = dataclasses.replace(model, engram=memory)
-  return with_rows(model, rows), row_format
-
-
-def with_rows(model: ModelConfig, rows: int) -> ModelConfig:
-  """The model with so many rows for each head."""
-  orders = len(model.engram.rows_per_head)
-  memory = dataclasses.replace(model.engram, rows_per_head=(rows,) * orders)
-  return dataclasses.replace(model, engram=memory)
 
 
 def make_file(
@@ -294,9 +271,8 @@ def main(argv: Sequence[str]) -> None:
   require(args.tokens >= 1, "tokens", args.tokens, "an integer >= 1")
   own = find_preset(args.preset).model
   require(own.engram, "preset", args.preset, "a model with a memory")
-  model, row_format = with_memory_of(
-    own, args.gib, name=args.row_format, width=args.width
-  )
+  row_format = RowFormat(args.row_format, args.width)
+  model = with_memory_of(own, args.gib, row_format)
   length = args.prompt + args.before + args.tokens
   text = read_text(args.preset, args.batch, length)
   file, seconds = make_file(

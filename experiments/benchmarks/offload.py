@@ -10,6 +10,9 @@ One model and the same prompts, with the same tokens as the outcome:
   host, prefetch    the same on a thread: a prompt's rows while the prompts
                     before are computed; a new token's, while the blocks below
                     the first Engram layer are
+  pinned            packed rows in pinned host memory, gathered there by a
+                    program, where the platform does that
+  pinned, prefetch
   file              a row file, all of it in the page cache
   file, prefetch
 
@@ -25,7 +28,9 @@ is elsewhere). `hidden` is
 
   1 - (time of a step - time of a resident step) / fetch_ms
 
-On a machine without an accelerator the thread and the model share the cores.
+With --gib the memory is as large as that; with --packed the resident one is
+packed too. On a machine without an accelerator the thread and the model share
+the cores.
 """
 
 import contextlib
@@ -38,11 +43,12 @@ import numpy as np
 from absl import flags
 
 from engram_jax.analysis.plots import plot_lines
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.errors import InputError
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import (
   FileStore,
   HostStore,
+  PinnedStore,
   SlowStore,
 )
 from experiments import number_flags
@@ -54,14 +60,16 @@ from experiments.benchmarks.offload_runs import (
   in_turns,
   make_rows,
   pieces,
+  resident_decoder,
   subject_of,
-  to_tables,
   write_rows,
 )
 
 RUNS = "experiments.benchmarks.offload_runs"
 #: What the name of a case ends with whose rows a thread reads.
 PREFETCH = ", prefetch"
+#: Flags that say what is asked.
+PROMPTS = ("prompts", "shortest", "longest", "batch", "new_tokens")
 #: Share of the resident throughput that is to be reached with prefetch.
 TARGETS = {"host": 0.97, "file": 0.95}
 #: What the flags are with --quick, where they are not given.
@@ -100,14 +108,18 @@ def measure(
   *,
   repeats: int,
   delays_ms: Sequence[float],
+  as_packed: bool = False,
 ) -> dict[str, Any]:
   """All homes in turns, and the curve over a store's latency."""
+  resident = resident_decoder(subject, packed, row_format, as_packed=as_packed)
   host = HostStore(packed, row_format)
+  stores, left_out = {"host": host}, {}
+  try:
+    stores["pinned"] = PinnedStore(packed, row_format)
+  except InputError as error:
+    left_out["pinned"] = str(error)
   file = write_rows(folder / "rows", packed, subject.hashing, row_format)
-  stores = {"host": host, "file": FileStore(file)}
-  parts = subject.hashing, subject.compression
-  tables = to_tables(packed, row_format)
-  resident = TableDecoder(subject.model, tables, *parts)
+  stores["file"] = FileStore(file)
   alone = pieces(subject, stores, repeats=repeats)
   with contextlib.ExitStack() as stack:
 
@@ -155,6 +167,7 @@ def measure(
   }
   return {
     "cases": found,
+    "left_out": left_out,
     "alone": alone,
     "per_token": bytes_per_token(subject, host),
     "latency": curve,
@@ -171,6 +184,10 @@ def define_flags() -> None:
   text = "Where the memory is instead of the preset's layers."
   number_flags.define("layers", [], text)
   flags.DEFINE_string("row_format", "fp8", "Of the packed rows.")
+  text = "Of packed rows; 0 for as many rows as the preset has."
+  flags.DEFINE_float("gib", 0.0, text, lower_bound=0.0)
+  text = "Resident rows are packed ones, not float32 tables."
+  flags.DEFINE_bool("packed", False, text)
   flags.DEFINE_integer("prompts", 32, "How many; a multiple of --batch.")
   flags.DEFINE_integer("shortest", 13, "Tokens; lengths are uniform.")
   flags.DEFINE_integer("longest", 128, "Tokens.")
@@ -269,16 +286,14 @@ def main(argv: Sequence[str]) -> None:
   args = flags.FLAGS
   if args.quick:
     harness.set_defaults(QUICK)
-  names = ("prompts", "shortest", "longest", "batch", "new_tokens")
-  fields = {name: getattr(args, name) for name in ("preset", *names)}
-  fields["layers"] = args.layers
-  child = dict(row_format=args.row_format, **fields)
+  names = ("preset", "layers", "row_format", "gib", *PROMPTS)
+  fields = {name: getattr(args, name) for name in names}
+  child = dict(as_packed=args.packed, **fields)
   memory = {
     home: harness.in_child(f"{RUNS}:resident_set", home=home, **child)
     for home in ("resident", "host", "file")
   }
-  subject, width = subject_of(**fields)
-  row_format = RowFormat(args.row_format, width)
+  subject, row_format = subject_of(**fields)
   packed = make_rows(subject.hashing.num_rows, row_format)
   with tempfile.TemporaryDirectory() as folder:
     result = measure(
@@ -288,6 +303,7 @@ def main(argv: Sequence[str]) -> None:
       pathlib.Path(folder),
       repeats=args.repeats,
       delays_ms=args.delays_ms,
+      as_packed=args.packed,
     )
   result = {**child, "repeats": args.repeats, "memory": memory, **result}
   harness.publish(result, tables_of(result))

@@ -40,13 +40,18 @@ from engram_jax.memory.quantization import RowFormat, pack_rows, unpack_rows
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.memory.stores import (
+  DeviceStore,
   FileStore,
   HostStore,
+  PinnedStore,
   ReadStatistics,
   RowStore,
 )
 from engram_jax.presets import preset as find_preset
 from experiments.benchmarks import harness
+
+#: Different rows of a table; they come again and again.
+POOL = 2**16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,16 +139,38 @@ def make_subject(
   )
 
 
+def with_memory_of(
+  model: ModelConfig, gib: float, row_format: RowFormat
+) -> ModelConfig:
+  """The model with as many rows of the format as `gib` of packed ones are."""
+  memory = model.engram
+  per_layer = gib * harness.GIB / row_format.bytes_per_row / len(memory.layers)
+  orders = len(memory.rows_per_head)
+  rows = int(per_layer / (memory.heads * orders))
+  require(rows >= 1000, "gib", gib, "rows enough: 1,000 or more for a head")
+  memory = dataclasses.replace(memory, head_dim=row_format.width)
+  return with_rows(dataclasses.replace(model, engram=memory), rows)
+
+
+def with_rows(model: ModelConfig, rows: int) -> ModelConfig:
+  """The model with so many rows for each head."""
+  orders = len(model.engram.rows_per_head)
+  memory = dataclasses.replace(model.engram, rows_per_head=(rows,) * orders)
+  return dataclasses.replace(model, engram=memory)
+
+
 def make_rows(
   num_rows: Mapping[int, int], row_format: RowFormat, *, seed: int = 0
 ) -> dict[int, np.ndarray]:
-  """Random packed rows, uint8 [R, n] per layer."""
+  """Random packed rows, uint8 [R, n] per layer; row r is row r mod `POOL`."""
   pack = jax.jit(pack_rows, static_argnums=1)
   packed = {}
   for layer, rows in num_rows.items():
     key = jax.random.fold_in(jax.random.key(seed), layer)
-    values = 0.02 * jax.random.normal(key, (rows, row_format.width))
-    packed[layer] = np.array(pack(values, row_format))
+    shape = min(rows, POOL), row_format.width
+    pool = np.array(pack(0.02 * jax.random.normal(key, shape), row_format))
+    # Every page is one of its own.
+    packed[layer] = np.resize(pool, (rows, row_format.bytes_per_row))
   return packed
 
 
@@ -313,23 +340,36 @@ def bytes_per_token(
   }
 
 
-def resident_set(*, home: str, row_format: str, **fields: Any):
+def resident_decoder(
+  subject: Subject,
+  packed: Mapping[int, np.ndarray],
+  row_format: RowFormat,
+  *,
+  as_packed: bool,
+) -> Decoder:
+  """Rows in the device's memory: as the packed ones, or as float32 tables."""
+  parts = subject.hashing, subject.compression
+  if as_packed:
+    return StoreDecoder(subject.model, DeviceStore(packed, row_format), *parts)
+  return TableDecoder(subject.model, to_tables(packed, row_format), *parts)
+
+
+def resident_set(*, home: str, as_packed: bool, **fields: Any):
   """What a process holds that decodes from one home; in a child of its own.
 
   Returns:
     `anonymous_mib` and, of files, `mapped_mib`: resident after one run.
   """
-  subject, width = subject_of(**fields)
-  fmt = RowFormat(row_format, width)
+  subject, fmt = subject_of(**fields)
   with contextlib.ExitStack() as stack:
     packed = make_rows(subject.hashing.num_rows, fmt)
     if home == "resident":
-      tables = to_tables(packed, fmt)
-      parts = subject.hashing, subject.compression
-      decoder = TableDecoder(subject.model, tables, *parts)
+      decoder = resident_decoder(subject, packed, fmt, as_packed=as_packed)
     else:
       if home == "host":
         store = HostStore(packed, fmt)
+      elif home == "pinned":
+        store = PinnedStore(packed, fmt)
       else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         path = pathlib.Path(folder) / "rows"
@@ -348,13 +388,20 @@ def resident_set(*, home: str, row_format: str, **fields: Any):
 
 
 def subject_of(
-  *, preset: str, layers: Sequence[int], **prompts: int
-) -> tuple[Subject, int]:
-  """The preset's model and prompts, and the width of its rows.
+  *,
+  preset: str,
+  layers: Sequence[int],
+  row_format: str,
+  gib: float,
+  **prompts: int,
+) -> tuple[Subject, RowFormat]:
+  """The preset's model and prompts, and the format of its rows.
 
   Args:
     preset: of `engram_jax/presets.py`.
     layers: where its memory is instead; none for the preset's own.
+    row_format: of the packed rows.
+    gib: of packed rows; 0 for as many rows as the preset has.
     **prompts: see `make_subject`.
   """
   config = find_preset(preset).model
@@ -362,7 +409,10 @@ def subject_of(
   if layers:
     memory = dataclasses.replace(config.engram, layers=tuple(layers))
     config = dataclasses.replace(config, engram=memory)
-  return make_subject(config, **prompts), config.engram.head_dim
+  fmt = RowFormat(row_format, config.engram.head_dim)
+  if gib:
+    config = with_memory_of(config, gib, fmt)
+  return make_subject(config, **prompts), fmt
 
 
 def to_tables(

@@ -49,15 +49,27 @@ def test_prompts_are_those_asked_for(subject):
       offload_runs.make_subject(micro(), **PROMPTS | {field: value})
 
 
-def test_every_figure_is_there(subject, packed, row_format, tmp_path):
+@pytest.mark.parametrize("as_packed", [False, True])
+def test_every_figure_is_there(
+  subject, packed, row_format, tmp_path, as_packed
+):
   result = offload.measure(
-    subject, packed, row_format, tmp_path, repeats=1, delays_ms=[0.0, 5.0]
+    subject,
+    packed,
+    row_format,
+    tmp_path,
+    repeats=1,
+    delays_ms=[0.0, 5.0],
+    as_packed=as_packed,
   )
+  assert result["left_out"] == {}
   cases = result["cases"]
   assert list(cases) == [
     "resident",
     "host",
     "host, prefetch",
+    "pinned",
+    "pinned, prefetch",
     "file",
     "file, prefetch",
   ]
@@ -96,10 +108,8 @@ def test_hidden_is_the_share_that_made_no_step_longer():
 @pytest.fixture
 def large():
   """A model with more rows than the file's pool has different ones."""
-  model, row_format = larger_than_memory.with_memory_of(
-    micro(), 2**-8, name="int8", width=8
-  )
-  return model, row_format
+  row_format = RowFormat("int8", 8)
+  return offload_runs.with_memory_of(micro(), 2**-8, row_format), row_format
 
 
 def test_a_memory_of_so_many_bytes(large):
@@ -107,7 +117,7 @@ def test_a_memory_of_so_many_bytes(large):
   rows = sum(counting_hash(model).num_rows.values())
   assert rows * row_format.bytes_per_row == pytest.approx(2**22, rel=0.02)
   with pytest.raises(InputError, match=r"^gib: 1e-08; valid: "):
-    larger_than_memory.with_memory_of(micro(), 1e-8, name="int8", width=8)
+    offload_runs.with_memory_of(micro(), 1e-8, RowFormat("int8", 8))
 
 
 def test_throughput_against_the_cache(large, tmp_path):
@@ -120,7 +130,7 @@ def test_throughput_against_the_cache(large, tmp_path):
   assert seconds is None
   file.verify()
   subject = offload_runs.make_subject(model, **PROMPTS)
-  few = counting_hash(larger_than_memory.with_rows(model, 100))
+  few = counting_hash(offload_runs.with_rows(model, 100))
   tables = offload_runs.make_rows(few.num_rows, row_format)
   tables = offload_runs.to_tables(tables, row_format)
   parts = few, subject.compression
