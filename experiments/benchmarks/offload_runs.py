@@ -43,7 +43,6 @@ from engram_jax.memory.stores import (
   DeviceStore,
   FileStore,
   HostStore,
-  PinnedStore,
   ReadStatistics,
   RowStore,
 )
@@ -368,8 +367,6 @@ def resident_set(*, home: str, as_packed: bool, **fields: Any):
     else:
       if home == "host":
         store = HostStore(packed, fmt)
-      elif home == "pinned":
-        store = PinnedStore(packed, fmt)
       else:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         path = pathlib.Path(folder) / "rows"
