@@ -38,6 +38,11 @@ class InputError(ValueError):
     return type(self), (self.field, self.value, self.valid)
 
 
+def first_line(error: BaseException) -> str:
+  """What an exception of others says, or its kind if it says nothing."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def require(condition: Any, field: str, value: Any, valid: str) -> None:
   """Raises `InputError(field, value, valid)` unless `condition` holds."""
   if not condition:

@@ -105,7 +105,8 @@ def run(
     try:
       return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, OSError, ValueError) as error:
-      # How ml_collections speaks of an unknown field or a missing file.
+      # How ml_collections speaks of an unknown field, one of what is None, or
+      # a missing file.
       fail(" ".join(str(error.args[-1]).split()), 2)
 
   def guarded(argv: Sequence[str]) -> None:

@@ -178,7 +178,7 @@ def generate(
       else:
         rows = store
         if prefetch:
-          rows = threads.enter_context(Prefetcher(store, hashing))
+          rows = threads.enter_context(Prefetcher(store))
         decoder = StoreDecoder(model, rows, hashing, compression)
       yield from _steps(
         decoder,

@@ -14,7 +14,6 @@ compiles these apart.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -242,7 +241,5 @@ def check_chunk(
   require(ok, "batch of tokens, lengths", shape, valid)
   require_in_range("lengths", lengths, low=1, high=token_ids.shape[1] + 1)
   capacity = state.cache.attention[0].latent.shape[1]
-  traced = any(isinstance(x, jax.core.Tracer) for x in (held, lengths))
-  # On the host where it can be: a step is not to wait for a program more.
-  total = (held if traced else np.asarray(held)) + lengths
+  total = held + lengths
   require_in_range("tokens in the cache", total, low=1, high=capacity + 1)

@@ -20,7 +20,6 @@ Axes besides those of `types.py`:
   P  distinct rows, rounded up  n  bytes of a packed row
 """
 
-import functools
 import math
 import threading
 import time
@@ -30,27 +29,22 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import compute_on as compute_on_module
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from engram_jax.errors import InputError, require, require_in_range
+from engram_jax.errors import (
+  InputError,
+  first_line,
+  require,
+  require_in_range,
+)
+from engram_jax.memory.pinned import gather_on_host, pin, pinned_format
 from engram_jax.memory.quantization import RowFormat, unpack_rows
 from engram_jax.memory.row_files import RowFile
 from engram_jax.memory.table import lookup
 
 RowIdsByLayer = Mapping[int, Int[Array | np.ndarray, "..."]]
 PackedTables = Mapping[int, UInt8[Array | np.ndarray, "_R n"]]
-
-# jax 0.10 has the decorator under another name.
-_compute_on = getattr(compute_on_module, "compute_on2", None)
-_compute_on = _compute_on or compute_on_module.compute_on
-
-#: Rows that are put into pinned memory at a time, where they cross the device.
-_CHUNK = 2**16
 
 
 class PackedRows(NamedTuple):
@@ -290,84 +284,20 @@ class PinnedStore(_ProgramStore):
     valid = "a device with pinned_host memory; HostStore needs none"
     require("pinned_host" in kinds, "device", device, valid)
     home = pinned_format(device)
-    moved = {layer: _pin(x, home) for layer, x in tables.items()}
+    moved = {layer: pin(x, home) for layer, x in tables.items()}
     super().__init__(moved, row_format)
     try:
       first = next(iter(moved.values()))
       jax.block_until_ready(self._gather(first, jnp.zeros(1, jnp.int32)))
     except Exception as error:  # whatever its compiler says
-      line = (str(error).splitlines() or [type(error).__name__])[0]
-      valid = f"one that gathers on its host; HostStore needs none ({line})"
+      valid = (
+        "one that gathers on its host; HostStore needs none "
+        f"({first_line(error)})"
+      )
       raise InputError("device", device, valid) from error
 
   def _gather(self, table: Array, ids: Array) -> Array:
     return gather_on_host(table, ids)
-
-
-def pinned_format(device: jax.Device) -> Format:
-  """Where and how a table lies in a device's pinned host memory.
-
-  Rows one after the other. A TPU would have the first bytes of all rows beside
-  each other, then the second; and at widths of whole 128 bytes XLA:TPU, which
-  wants its host's arrays untiled, ends the process.
-  """
-  # Of one device's sharding, JAX forgets the memory where shapes or a format
-  # stand for the array; not of a mesh's.
-  mesh = Mesh(np.array([device]), ("device",))
-  place = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
-  untiled = Layout(major_to_minor=(0, 1), tiling=((1,),))
-  return Format(untiled if device.platform == "tpu" else None, place)
-
-
-@jax.jit
-def gather_on_host(
-  table: UInt8[Array, "_R n"], ids: Int[Array, "*S"]
-) -> UInt8[Array, "*S n"]:
-  """Rows of a table in pinned host memory, gathered there; for use under jit.
-
-  Args:
-    table: as `pinned_format` says.
-    ids: of rows, in bounds; on the device.
-
-  Returns:
-    The rows on the device.
-  """
-
-  @_compute_on(
-    compute_type="device_host", out_memory_spaces=jax.memory.Space.Device
-  )
-  def gather(table, ids):
-    # Any other mode makes constants in the device's memory.
-    return table.at[ids].get(mode="promise_in_bounds")
-
-  return gather(table, jax.device_put(ids, jax.memory.Space.Host))
-
-
-def _pin(table: UInt8[Array | np.ndarray, "_R n"], home: Format) -> Array:
-  """The table in its home."""
-  if home.layout is None:
-    return jax.device_put(table, home.sharding)
-  # Into a layout JAX brings an array on the device, which may be too small for
-  # the whole.
-  host = jax.memory.Space.Host
-  on_host = _compute_on(compute_type="device_host", out_memory_spaces=host)
-
-  @functools.partial(jax.jit, out_shardings=home)
-  def empty():
-    return on_host(lambda: jnp.zeros(table.shape, table.dtype))()
-
-  @functools.partial(jax.jit, out_shardings=home, donate_argnums=0)
-  def put(pinned, rows, start):
-    def update(pinned, rows, start):
-      place = (start, jnp.zeros_like(start))
-      return lax.dynamic_update_slice(pinned, rows, place)
-
-    return on_host(update)(pinned, *jax.device_put((rows, start), host))
-
-  pinned = empty()
-  for start in range(0, len(table), _CHUNK):
-    pinned = put(pinned, table[start : start + _CHUNK], np.int32(start))
-  return pinned
 
 
 class HostReads(_Counting):

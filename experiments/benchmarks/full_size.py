@@ -30,7 +30,9 @@ from engram_jax.memory.stores import unpack
 from experiments.benchmarks import harness
 
 #: Rows of each table, by Engram layer.
-ROWS = {1: 384_006_168, 14: 384_016_682}
+ROWS = dict(
+  zip(RELEASED["engram_layer_ids"], RELEASED["engram_num_embeddings"])
+)
 
 
 def choose_ids(count: int) -> dict[int, np.ndarray]:

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from engram_jax.errors import first_line
+from engram_jax.memory.pinned import gather_on_host
 from engram_jax.memory.prefetch import read_to_device
 from engram_jax.memory.quantization import FORMATS, RowFormat
 from engram_jax.memory.stores import (
@@ -34,12 +36,13 @@ from engram_jax.memory.stores import (
   PackedRows,
   PinnedStore,
   RowStore,
-  gather_on_host,
   unpack,
 )
 from engram_jax.memory.table import lookup
 from experiments import number_flags
 from experiments.benchmarks import harness
+from experiments.benchmarks.lookup_runs import draw_ids
+from experiments.benchmarks.offload_runs import make_rows
 
 #: Engram layers of V4.1.
 LAYERS = (1, 14)
@@ -49,28 +52,10 @@ Ids = Mapping[int, np.ndarray]
 Way = Callable[[Ids], dict[int, jax.Array]]
 
 
-def make_tables(rows: int, row_format: RowFormat) -> dict[int, np.ndarray]:
-  """Packed rows of random bytes that are finite numbers, uint8 [R, n]."""
-  random, tables = np.random.default_rng(0), {}
-  for layer in LAYERS:
-    # Bytes below 120: no NaN of fp8, and no exponent too large elsewhere.
-    size = row_format.bytes_per_row
-    part = random.integers(0, 120, (min(rows, 2**16), size), dtype=np.uint8)
-    # The content does not matter; every page is one of its own.
-    tables[layer] = np.resize(part, (rows, size))
-  return tables
-
-
-def zipf_ids(rows: int, count: int, *, seed: int) -> dict[int, np.ndarray]:
-  """int32 [count] per layer; the n-th most frequent id comes as 1 / n."""
-  random = np.random.default_rng(seed)
-  ids = {}
-  for layer in LAYERS:
-    # By the inverse of the distribution, whose sum goes as the logarithm.
-    rank = np.exp(random.random(count) * np.log(rows)).astype(np.int64) - 1
-    # Frequent rows lie anywhere.
-    ids[layer] = (rank * 2_654_435_761 % rows).astype(np.int32)
-  return ids
+def draw(rows: int, count: int, turns: int) -> list[Ids]:
+  """Zipf-distributed ids of all layers, int32 [count], others at each turn."""
+  ids = draw_ids("zipf", (turns, len(LAYERS), count), rows)
+  return [dict(zip(LAYERS, each)) for each in ids]
 
 
 def ways(
@@ -133,8 +118,7 @@ def ways(
       way = make()
       jax.block_until_ready(way(probe))
     except Exception as error:  # whatever a platform's compiler says
-      lines = str(error).splitlines() or [type(error).__name__]
-      without[name] = f"{type(error).__name__}: {lines[0][:200]}"
+      without[name] = f"{type(error).__name__}: {first_line(error)[:200]}"
     else:
       found[name] = way
   return found, without
@@ -156,7 +140,8 @@ def measure(
   found, without = ways(tables, row_format, device=device)
   rows, points = len(tables[LAYERS[0]]), []
   for count in counts:
-    ids = zipf_ids(rows, count, seed=count)
+    # New ids at every call, the same for all ways: none is found in a cache.
+    ids, *drawn = draw(rows, count, repeats + 3)
     results = {name: way(ids) for name, way in found.items()}
     first = next(iter(results))
     for name, result in results.items():
@@ -164,10 +149,6 @@ def measure(
         if not np.array_equal(numbers, results[first][layer]):
           raise RuntimeError(f"{name}: other numbers than {first}")
     del results
-    # New ids at every call, the same for all ways: none is found in a cache.
-    drawn = [
-      zipf_ids(rows, count, seed=1000 * count + i) for i in range(repeats + 2)
-    ]
 
     def case(way, drawn=drawn):
       turn = iter(drawn)
@@ -205,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
   # Host, pinned, and on the device, which may be the same memory.
   harness.require_memory("gib", args.gib, (2 + args.device) * size)
   rows = size // len(LAYERS) // row_format.bytes_per_row
-  tables = make_tables(rows, row_format)
+  tables = make_rows(dict.fromkeys(LAYERS, rows), row_format)
   result = measure(
     tables,
     row_format,

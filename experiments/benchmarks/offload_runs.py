@@ -194,7 +194,7 @@ def decoder_of(
   with contextlib.ExitStack() as threads:
     rows = store
     if prefetch:
-      rows = threads.enter_context(Prefetcher(store, subject.hashing))
+      rows = threads.enter_context(Prefetcher(store))
     yield StoreDecoder(subject.model, rows, *parts)
 
 

@@ -48,13 +48,9 @@ from engram_jax.decoding.state import (
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.pinned import gather_on_host, pinned_format
 from engram_jax.memory.quantization import FORMATS, RowFormat
-from engram_jax.memory.stores import (
-  PackedRows,
-  gather_on_host,
-  pinned_format,
-  unpack,
-)
+from engram_jax.memory.stores import PackedRows, unpack
 from engram_jax.memory.table import lookup
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.state import abstract_model

@@ -204,13 +204,14 @@ def test_threads_share_a_decoder(tiny_wide, open_home, prefetch):
     np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ["tables", "store"])
-def test_a_step_keeps_its_own_tokens(tiny_wide, open_home, kind):
-  if kind == "tables":
-    decoder = TableDecoder(*tiny_wide.parts)
-  else:
-    decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
+@pytest.fixture(params=["tables", "store"])
+def decoder(request, tiny_wide, open_home):
+  if request.param == "tables":
+    return TableDecoder(*tiny_wide.parts)
+  return StoreDecoder(*parts_of(tiny_wide, open_home("host")))
 
+
+def test_a_step_keeps_its_own_tokens(decoder):
   def step(spoil):
     # Aligned as JAX would take it over.
     tokens = np.zeros(64 * 3, np.int32)[: 3 * 16].reshape(3, 16)
@@ -224,13 +225,7 @@ def test_a_step_keeps_its_own_tokens(tiny_wide, open_home, kind):
   np.testing.assert_array_equal(step(True), step(False))
 
 
-@pytest.mark.parametrize("kind", ["tables", "store"])
-def test_a_decoder_refuses_what_prefill_refuses(tiny_wide, open_home, kind):
-  if kind == "tables":
-    decoder = TableDecoder(*tiny_wide.parts)
-  else:
-    decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
-
+def test_a_decoder_refuses_what_prefill_refuses(decoder):
   def start(shape, lengths, value=1):
     state = decoder.init_state(2, 8)
     return decoder.start(state, np.full(shape, value, np.int32), lengths)

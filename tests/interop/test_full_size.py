@@ -45,7 +45,7 @@ def test_opens_and_reads_without_loading(sparse):
   checkpoint = open_v41(sparse)
   assert resident() - before < GIB // 8  # nothing but headers
   store = checkpoint.store
-  assert store.num_rows == full_size.ROWS
+  assert store.num_rows == {1: 384_006_168, 14: 384_016_682}
   assert store.row_format.bytes_per_row == 264
   packed = store.read(ids)
   found = jax.jit(unpack, static_argnums=1)(packed, store.row_format)

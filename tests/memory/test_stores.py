@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.layout import Format, Layout
 
 from engram_jax.errors import InputError
-from engram_jax.memory import stores
+from engram_jax.memory import pinned, stores
 from engram_jax.memory.quantization import (
   FORMATS,
   RowFormat,
@@ -189,16 +189,16 @@ def test_a_program_reads_and_unpacks_in_one(make, home):
 
 
 def test_a_pinned_table_in_a_layout_is_put_there_by_pieces(monkeypatch):
-  monkeypatch.setattr(stores, "_CHUNK", 100)  # several, the last short
+  monkeypatch.setattr(pinned, "_CHUNK", 100)  # several, the last short
   (device, *_) = jax.local_devices()
   layout = Layout(major_to_minor=(0, 1), tiling=((1,),))
-  home = Format(layout, stores.pinned_format(device).sharding)
+  home = Format(layout, pinned.pinned_format(device).sharding)
   packed, _ = packed_tables()
-  table = stores._pin(packed[14], home)
+  table = pinned.pin(packed[14], home)
   assert table.format == home
   np.testing.assert_array_equal(table, packed[14])
   ids = row_ids()[14]
-  found = stores.gather_on_host(table, jnp.asarray(ids))
+  found = pinned.gather_on_host(table, jnp.asarray(ids))
   np.testing.assert_array_equal(found, packed[14][ids])
 
 
