@@ -22,7 +22,14 @@ from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import short_conv
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.lookup import Lookup
+from engram_jax.memory.memory import Memory
+from engram_jax.memory.row_sparse import RowOptimizer, dense, row_sparse
+from engram_jax.memory.row_transformations import (
+  scale_by_adam_per_row,
+  scale_by_rowwise_adagrad,
+)
+from engram_jax.memory.sinkhorn import sinkhorn
 from engram_jax.memory.table import init_table, lookup
 from engram_jax.presets import Preset, preset
 from engram_jax.run_config import (
@@ -46,6 +53,8 @@ __all__ = [
   "Fusion",
   "InputError",
   "LatentAttention",
+  "Lookup",
+  "Memory",
   "MeshConfig",
   "MoE",
   "MoEConfig",
@@ -53,10 +62,12 @@ __all__ = [
   "ModelOutput",
   "NgramHash",
   "Preset",
+  "RowOptimizer",
   "TokenCompression",
   "TrainConfig",
   "Transformer",
   "YarnConfig",
+  "dense",
   "fuse",
   "gate_scores",
   "gate_values",
@@ -64,6 +75,9 @@ __all__ = [
   "linen",
   "lookup",
   "preset",
-  "retrieve",
+  "row_sparse",
+  "scale_by_adam_per_row",
+  "scale_by_rowwise_adagrad",
   "short_conv",
+  "sinkhorn",
 ]

@@ -15,7 +15,7 @@ from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.row_optimizers import state_bytes_per_row
+from engram_jax.memory.row_sparse import state_bytes_per_row
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.optimizers import table_optimizer
 

@@ -42,7 +42,7 @@ from engram_jax.memory.prefetch import (
   require_rows,
   row_ids_on_host,
 )
-from engram_jax.memory.retrieval import Tables
+from engram_jax.memory.lookup import Tables
 from engram_jax.memory.stores import OwnBuffers, PackedRows, RowStore, unpack
 
 #: float32 [B, V], logits after each sequence's last token, and the state.

@@ -34,7 +34,7 @@ from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.prefetch import Prefetcher, require_rows
-from engram_jax.memory.retrieval import Tables
+from engram_jax.memory.lookup import Tables
 from engram_jax.memory.stores import RowStore
 
 #: Stands where a sequence had ended before, or has not begun.

@@ -22,7 +22,7 @@ from engram_jax.backbone.transformer import Begun, ModelCache, Transformer
 from engram_jax.errors import require, require_in_range
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import Tables, retrieve
+from engram_jax.memory.lookup import Tables, lookup_rows, require_tables
 from engram_jax.types import History, Rows, TokenIds
 
 
@@ -127,7 +127,9 @@ def look_up(
   if hashing is None:
     return None, None
   canonical = compression(token_ids)
-  rows = retrieve(tables or {}, hashing, canonical, history=history).rows
+  require_tables(tables or {}, hashing.num_rows)
+  row_ids = hashing.hash(canonical, history=history)
+  rows = lookup_rows(tables, row_ids).rows
   return rows, hashing.next_history(canonical, history=history, lengths=lengths)
 
 

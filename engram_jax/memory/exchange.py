@@ -1,9 +1,9 @@
 """Rows of tables that are spread over devices: asked for, sent, and paid back.
 
 Device o of n owns rows [o S, (o + 1) S) of each table, R = n S with padding.
-`fetch` brings each device the rows of its tokens; `send_home` brings the
-gradients of these rows to their owners. Both are for all Engram layers at once,
-and no collective carries anything of a table's size.
+`lookup` brings each device the rows of its tokens; `reduce_row_gradients` sums
+the gradients of these rows at their owners. Both are for all Engram layers at
+once, and no collective carries anything of a table's size.
 
 exchange, for many ids:
   1  each device drops its duplicates: n-grams are Zipfian, about half are
@@ -16,7 +16,7 @@ gather, for few ids (a decoding step), where sorting costs more than sending:
 
 C is a capacity: shapes are fixed. `Plan.needed` says what would have been
 enough; a caller with less than that must not use the rows, but come again with
-more (`training.step` does). Without a capacity it cannot happen: `fetch`
+more (`training.step` does). Without a capacity it cannot happen: `lookup`
 takes `gather` then.
 
 Axes: n devices, S rows of a shard, M ids of one device, C capacity.
@@ -34,7 +34,7 @@ from jaxtyping import Array, Int
 
 from engram_jax import sharding
 from engram_jax.errors import InputError, require
-from engram_jax.memory.row_optimizers import (
+from engram_jax.memory.row_sparse import (
   RowGradients,
   RowOptimizer,
   sum_duplicates,
@@ -64,6 +64,20 @@ class Plan(NamedTuple):
   slots: dict[int, RowIds] | None
   needed: Int[Array, ""]
 
+  @property
+  def capacity(self) -> int | None:
+    """C, where a batch may need more; None where every batch fits.
+
+    To be asked for under the mesh of the lookup.
+    """
+    if self.slots is None:
+      return None
+    layer = next(iter(self.owned))
+    devices = sharding.size(_require_mesh())
+    capacity = self.owned[layer].size // devices**2
+    most = ids_per_device(self.slots, devices)
+    return capacity if capacity < most else None
+
 
 def choose_strategy(ids_per_device: int) -> str:
   """The faster strategy for so many ids of one layer; see GATHER_AT_MOST."""
@@ -76,16 +90,14 @@ def ids_per_device(row_ids: Mapping[int, Any], devices: int) -> int:
   return count // devices
 
 
-def mean_capacity(
-  row_ids: Mapping[int, Any], devices: int, *, factor: float
-) -> int:
+def mean_capacity(ids_per_device: int, devices: int, *, factor: float) -> int:
   """`factor` times the mean number of ids that an owner is asked for."""
   require(factor > 0, "capacity factor", factor, "a number above 0")
-  most = ids_per_device(row_ids, devices)
+  most = ids_per_device
   return min(most, max(1, math.ceil(factor * most / devices)))
 
 
-def fetch(
+def lookup(
   tables: Mapping[int, Array],
   row_ids: Mapping[int, RowIds],
   *,
@@ -96,7 +108,7 @@ def fetch(
 
   To be traced for a mesh (`sharding.use`, or `jax.set_mesh`). Differentiable
   with respect to the tables; training does not do that, it differentiates with
-  respect to the rows and calls `send_home`.
+  respect to the rows and calls `reduce_row_gradients`.
 
   Args:
     tables: per layer [R, d], R a multiple of the number of devices, all of the
@@ -148,13 +160,13 @@ def fetch(
   return {i: sharding.constrain(r, spec) for i, r in rows.items()}, plan
 
 
-def send_home(
+def reduce_row_gradients(
   plan: Plan, gradients: Mapping[int, Rows], *, num_rows: Mapping[int, int]
 ) -> dict[int, RowGradients]:
-  """Gradients with respect to fetched rows, summed at the rows' owners.
+  """Gradients with respect to rows of a `lookup`, summed at the rows' owners.
 
   Args:
-    plan: of the `fetch`.
+    plan: of the `lookup`.
     gradients: per layer [B, L, K, d].
     num_rows: per layer R, rows of the table, padding included.
 
@@ -214,7 +226,7 @@ def update(
     optimizer: any `RowOptimizer`.
     table: [R, d], spread over the mesh.
     state: the optimizer's; arrays of R entries are spread as the table.
-    gradients: from `send_home`.
+    gradients: from `reduce_row_gradients`.
     learning_rate: a scalar.
   """
   _require_mesh()
@@ -238,7 +250,7 @@ def update(
 
 
 def _exchange(tables, row_ids, *, devices, capacity):
-  """The body of `fetch`: local shards [S, d] and ids in, rows and plan out."""
+  """The body of `lookup`: local shards [S, d] and ids in, rows and plan out."""
   owned, slots, needed = {}, {}, []
   for layer, ids in row_ids.items():
     requests, slots[layer], most = _requests(
@@ -303,7 +315,7 @@ def _swap(parts, devices):
 
 
 def _gather(tables, row_ids):
-  """The body of `fetch`: everyone learns all ids, and each answers its own."""
+  """The body of `lookup`: everyone learns all ids, and each answers its own."""
   me = lax.axis_index(sharding.AXES)
   owned, rows = {}, {}
   for layer, ids in row_ids.items():

@@ -20,6 +20,9 @@ a look-back meets one, that shift and every larger one read the pad id.
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +50,9 @@ NO_TOKEN = -1
 @dataclasses.dataclass(frozen=True, eq=False)
 class NgramHash:
   """The hash of every Engram layer of a model, as constants.
+
+  Two are equal, and hash equally, when their constants are: so one may be a
+  static argument of `jax.jit`.
 
   Make one with `NgramHash.create`; store it with a model by `to_dict` and read
   it by `from_dict`, so that a checkpoint never depends on NumPy drawing the
@@ -142,6 +148,17 @@ class NgramHash:
     )
     ok = int(m.min()) > 0 and largest < 2**63
     require(ok, f"multipliers[{layer}]", m.tolist(), valid)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Hex sha256 of the constants."""
+    return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, NgramHash) and self.digest == other.digest
+
+  def __hash__(self) -> int:
+    return hash(self.digest)
 
   # --- sizes ---
 

@@ -16,7 +16,7 @@ from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.hot_rows import CachedStore
 from engram_jax.memory.quantization import RowFormat, pack_rows
-from engram_jax.memory.retrieval import Tables, require_tables
+from engram_jax.memory.lookup import Tables, require_tables
 from engram_jax.memory.row_files import RowFile
 from engram_jax.memory.stores import (
   DeviceStore,
@@ -112,7 +112,7 @@ def pack_tables(
     InputError: tables of another hash or not finite, an unknown format or one
       that does not take their width.
   """
-  require_tables(tables, hashing)
+  require_tables(tables, hashing.num_rows)
   row_format = RowFormat(name, next(iter(tables.values())).shape[1])
   packed = {}
   for layer, rows in hashing.num_rows.items():

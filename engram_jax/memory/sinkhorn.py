@@ -32,13 +32,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from engram_jax.errors import require
-from engram_jax.memory.row_optimizers import (
+from engram_jax.memory.row_sparse import (
   RowGradients,
   RowOptimizer,
   dense_gradient,
   move_rows,
-  read_rows,
-  write_rows,
+  gather_rows,
+  scatter_rows,
 )
 
 
@@ -135,9 +135,9 @@ def sinkhorn(
     # Padding takes no part, whatever stands in it: its momentum reads as 0.
     values = jnp.where((ids < table.shape[0])[:, None], values, 0)
     moments, change = step(
-      read_rows(state.momentum, ids), values, learning_rate, axes
+      gather_rows(state.momentum, ids), values, learning_rate, axes
     )
-    moments = write_rows(state.momentum, ids, moments)
+    moments = scatter_rows(state.momentum, ids, moments)
     return move_rows(table, ids, change), SinkhornState(moments)
 
   return RowOptimizer(_init, update)

@@ -24,10 +24,11 @@ from engram_jax.memory.prefetch import (
   row_ids_on_host,
 )
 from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.retrieval import Tables, shuffle_row_ids
+from engram_jax.memory.lookup import Tables, shuffle_row_ids
 from engram_jax.memory.stores import PackedRows, RowStore, unpack
 from engram_jax.training.losses import model_loss
-from engram_jax.training.program import Batch, Program
+from engram_jax.training.setup import Batch
+from engram_jax.training.setup import TrainSetup as Program
 
 #: How an evaluation uses the memory.
 MEMORY_MODES = ("on", "off", "shuffled")

@@ -9,11 +9,10 @@ import jax
 import optax
 from flax import nnx
 
-from engram_jax.memory.row_optimizers import (
-  RowOptimizer,
-  dense_adam,
-  lazy_adam,
-  rowwise_adagrad,
+from engram_jax.memory.row_sparse import RowOptimizer, dense, row_sparse
+from engram_jax.memory.row_transformations import (
+  scale_by_adam_per_row,
+  scale_by_rowwise_adagrad,
 )
 from engram_jax.memory.sinkhorn import sinkhorn
 from engram_jax.run_config import TrainConfig
@@ -86,12 +85,13 @@ def optimizer_names(params: nnx.State) -> nnx.State:
 
 def table_optimizer(config: TrainConfig) -> RowOptimizer:
   """The tables' optimizer by its name, without weight decay (paper §4)."""
-  if config.table_optimizer == "rowwise_adagrad":
-    return rowwise_adagrad()
-  if config.table_optimizer == "sinkhorn":
+  name = config.table_optimizer
+  if name == "sinkhorn":
     return sinkhorn()
+  if name == "rowwise_adagrad":
+    return row_sparse(scale_by_rowwise_adagrad())
   constants = dict(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps)
-  if config.table_optimizer == "dense_adam":
-    return dense_adam(**constants)
-  per_row = config.table_optimizer == "lazy_adam_row_steps"
-  return lazy_adam(bias_correction="row" if per_row else "global", **constants)
+  if name == "lazy_adam_row_steps":
+    return row_sparse(scale_by_adam_per_row(**constants))
+  adam = optax.scale_by_adam(**constants)
+  return dense(adam) if name == "dense_adam" else row_sparse(adam)

@@ -8,17 +8,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
 
 from engram_jax.backbone.moe import BalancingBias
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.row_optimizers import RowOptimizer
-from engram_jax.memory.table import init_table
 from engram_jax.sharding import parameter_name
 
 
@@ -56,51 +51,6 @@ def abstract_model(
 
   graph, params, balance = jax.eval_shape(build)
   return graph, params, balance
-
-
-def init_state(
-  key: Array,
-  config: ModelConfig,
-  hashing: NgramHash | None,
-  *,
-  optimizer: optax.GradientTransformation,
-  row_optimizer: RowOptimizer,
-  shards: int = 1,
-) -> TrainState:
-  """A new run's state. Pure: jit it, and no array is made twice.
-
-  Args:
-    key: a JAX random key. The backbone's weights depend on it alone, so that a
-      model with and one without a memory start alike where they are alike.
-    config: the model.
-    hashing: its hash, whose `num_rows` are the tables' sizes; None without a
-      memory.
-    optimizer: of the parameters.
-    row_optimizer: of the tables.
-    shards: devices that share a table; its rows are padded with zeros to a
-      multiple of them, and are the same whatever their number.
-  """
-  model_key, table_key = jax.random.split(key)
-  model = Transformer(config, rngs=nnx.Rngs(params=model_key))
-  _, params, balance = nnx.split(model, nnx.Param, BalancingBias)
-  tables = {}
-  if hashing is not None:
-    for layer in hashing.layers:
-      tables[layer] = init_table(
-        jax.random.fold_in(table_key, layer),
-        hashing.num_rows[layer],
-        config.engram.head_dim,
-        std=config.engram.table_init_std,
-        shards=shards,
-      )
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    balance=balance,
-    opt_state=optimizer.init(params),
-    tables=tables,
-    table_states={i: row_optimizer.init(t) for i, t in tables.items()},
-  )
 
 
 def count_parameters(tree: Any) -> int:

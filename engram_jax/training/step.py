@@ -11,12 +11,11 @@ nothing but the step count; the caller learns of it from `metrics["finite"]`.
 Under a mesh the same function is traced for all devices. Rows then travel
 between them (`memory.exchange`), with room for a fixed number; a batch that
 needs more changes nothing at all, `metrics["lookup_needed"]` says how much it
-needs, and the caller runs it again with that (`program.Capacity`).
+needs, and the caller runs it again with that (`setup.LookupCapacity`).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,27 +26,23 @@ from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.routing import max_violation, updated_bias
-from engram_jax.memory import exchange
-from engram_jax.memory.row_optimizers import (
-  RowGradients,
-  squared_norm,
-  sum_duplicates,
-)
+from engram_jax.memory.lookup import apply_row_gradients, reduce_row_gradients
+from engram_jax.memory.row_sparse import squared_norm
 from engram_jax.training.losses import model_loss
-from engram_jax.training.program import Batch, Program, Reading
+from engram_jax.training.setup import Batch, TrainSetup
 from engram_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
 
 
-def _loss(params, rows, balance, batch, targets_in_batch, program: Program):
+def _loss(params, rows, balance, batch, targets_in_batch, setup: TrainSetup):
   """Mean loss of the whole batch, as far as this (micro)batch adds to it."""
-  model = nnx.merge(program.graph, params, balance)
-  total, out = model_loss(model, rows, batch, chunk=program.train.loss_chunk)
+  model = nnx.merge(setup.graphdef, params, balance)
+  total, out = model_loss(model, rows, batch, chunk=setup.train.loss_chunk)
   loss = total / jnp.maximum(targets_in_batch, 1)
   auxiliary = dropped = jnp.zeros(())
   if out.moe is not None:
-    auxiliary = jnp.sum(out.moe.balance_loss) / program.train.accumulation
+    auxiliary = jnp.sum(out.moe.balance_loss) / setup.train.accumulation
     dropped = jnp.sum(out.moe.dropped)
   observed = {
     "loss": loss,
@@ -55,23 +50,23 @@ def _loss(params, rows, balance, batch, targets_in_batch, program: Program):
     "load": out.moe and out.moe.load,
     "dropped": dropped,
     "gates": {
-      layer: jnp.mean(gates, axis=(0, 1)) / program.train.accumulation
+      layer: jnp.mean(gates, axis=(0, 1)) / setup.train.accumulation
       for layer, gates in out.gates.items()
     },
   }
   return loss + auxiliary, observed
 
 
-def _gradients(params, rows, balance, batch, program: Program):
+def _gradients(params, rows, balance, batch, setup: TrainSetup):
   """((d params, d rows), observed), summed over the microbatches."""
   targets = jnp.sum(batch["loss_mask"])
   grad = jax.grad(_loss, argnums=(0, 1) if rows else 0, has_aux=True)
 
   def of(rows, batch):
-    gradients, observed = grad(params, rows, balance, batch, targets, program)
+    gradients, observed = grad(params, rows, balance, batch, targets, setup)
     return (gradients if rows else (gradients, {})), observed
 
-  pieces = program.train.accumulation
+  pieces = setup.train.accumulation
   if pieces == 1:
     return of(rows, batch)
 
@@ -100,26 +95,11 @@ def _gradients(params, rows, balance, batch, program: Program):
   return (by_params, jax.tree.map(join, by_rows)), observed
 
 
-def _row_gradients(
-  read: Reading, by_rows: Mapping[int, Array], tables: Mapping[int, Array]
-) -> dict[int, RowGradients]:
-  """Each touched row's gradient, once; under a mesh where the row lives."""
-  num_rows = {layer: tables[layer].shape[0] for layer in by_rows}
-  if read.plan is not None:
-    return exchange.send_home(read.plan, by_rows, num_rows=num_rows)
-  return {
-    layer: sum_duplicates(
-      read.row_ids[layer], gradients, num_rows=num_rows[layer]
-    )
-    for layer, gradients in by_rows.items()
-  }
-
-
 def train_step(
   state: TrainState,
   batch: Batch,
   *,
-  program: Program,
+  setup: TrainSetup,
   capacity: int | None = None,
 ) -> tuple[TrainState, Metrics]:
   """The state after one optimizer step, and what was observed in it.
@@ -128,8 +108,8 @@ def train_step(
     state: to be donated.
     batch: `inputs`, `targets` int32 [B, L], `breaks` int8 [B, L], `loss_mask`
       bool [B, L].
-    program: static.
-    capacity: of the exchange under a mesh; see `Capacity`.
+    setup: static.
+    capacity: of the exchange under a mesh; see `LookupCapacity`.
 
   Returns:
     The next state, and float32 metrics: `loss` (nats per token), `grad_norm`
@@ -140,49 +120,47 @@ def train_step(
     above the capacity, the state is the one given, and the other metrics mean
     nothing.
   """
-  with sharding.use(program.mesh):
-    return _train_step(state, batch, program, capacity)
+  with sharding.use(setup.mesh):
+    return _train_step(state, batch, setup, capacity)
 
 
-def _train_step(state, batch, program: Program, capacity):
-  train = program.train
+def _train_step(state, batch, setup: TrainSetup, capacity):
+  train = setup.train
   # Before the model: the exchange may overlap with its first blocks.
-  read = program.read(state.tables, program.row_ids(batch), capacity=capacity)
+  found = setup.lookup(state.tables, batch, capacity=capacity)
   (by_params, by_rows), observed = _gradients(
-    state.params, read.rows, state.balance, batch, program
+    state.params, found.rows, state.balance, batch, setup
   )
-  row_gradients = _row_gradients(read, by_rows, state.tables)
+  row_gradients = reduce_row_gradients(found, by_rows, state.tables)
 
   # The norm that a dense gradient of the tables would give: one clip for all.
   squares = [squared_norm(g) for g in row_gradients.values()]
   norm = jnp.sqrt(optax.global_norm(by_params) ** 2 + sum(squares))
   finite = jnp.isfinite(norm) & jnp.isfinite(observed["loss"])
-  fits = jnp.asarray(True)
-  if read.plan is not None and capacity is not None:
-    fits = read.plan.needed <= capacity
+  fits = jnp.asarray(found.is_complete)
   clip = jnp.minimum(1.0, train.clip_norm / jnp.maximum(norm, 1e-30))
-  rate = program.schedule(state.step)
-  update_table = program.row_optimizer.update
-  if program.mesh is not None:
-    update_table = functools.partial(exchange.update, program.row_optimizer)
+  rate = setup.schedule(state.step)
 
   def apply(state: TrainState) -> TrainState:
-    updates, opt_state = program.optimizer.update(
+    updates, opt_state = setup.optimizer.update(
       jax.tree.map(lambda g: g * clip, by_params), state.opt_state, state.params
     )
     updates = jax.tree.map(lambda u: u * rate, updates)
-    tables, table_states = {}, {}
-    for layer, gradients in row_gradients.items():
-      tables[layer], table_states[layer] = update_table(
-        state.tables[layer],
-        state.table_states[layer],
-        gradients._replace(values=gradients.values * clip),
-        rate * train.table_learning_rate_multiplier,
-      )
+    clipped = {
+      layer: gradients._replace(values=gradients.values * clip)
+      for layer, gradients in row_gradients.items()
+    }
+    tables, table_states = apply_row_gradients(
+      setup.row_optimizer,
+      state.tables,
+      state.table_states,
+      clipped,
+      rate * train.table_learning_rate_multiplier,
+    )
     return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
-      balance=_rebalance(state.balance, observed["load"], program),
+      balance=_rebalance(state.balance, observed["load"], setup),
       opt_state=opt_state,
       tables=tables,
       table_states=table_states,
@@ -195,10 +173,10 @@ def _train_step(state, batch, program: Program, capacity):
   # A conditional, not a choice between two results: XLA writes the tables in
   # place in one branch and passes them on in the other.
   new_state = jax.lax.cond(finite & fits, apply, skip, state)
-  if program.mesh is not None:
+  if setup.mesh is not None:
     # Said, and not found out by XLA: only what lies as its input can be written
     # in place.
-    shardings = sharding.state_shardings(new_state, program.mesh)
+    shardings = sharding.state_shardings(new_state, setup.mesh)
     new_state = jax.lax.with_sharding_constraint(new_state, shardings)
 
   metrics = {
@@ -213,28 +191,28 @@ def _train_step(state, batch, program: Program, capacity):
     metrics["max_violation"] = max_violation(observed["load"])
   for layer, gradients in row_gradients.items():
     metrics[f"gate_mean/{layer}"] = observed["gates"][layer]
-    here = state.tables[layer].shape[0] // sharding.size(program.mesh)
+    here = state.tables[layer].shape[0] // sharding.size(setup.mesh)
     in_table = gradients.row_ids < here
     metrics[f"rows_touched/{layer}"] = jnp.sum(in_table, dtype=jnp.float32)
-  if read.plan is not None and capacity is not None:
-    metrics["lookup_needed"] = read.plan.needed
+  if found.capacity is not None:
+    metrics["lookup_needed"] = found.capacity_needed
   return new_state, metrics
 
 
-def _rebalance(balance: nnx.State, load: Any, program: Program) -> nnx.State:
+def _rebalance(balance: nnx.State, load: Any, setup: TrainSetup) -> nnx.State:
   """The balancing biases moved by one step of loss-free balancing."""
   if load is None:
     return balance
-  rate = program.model.moe.balance_rate
+  rate = setup.model.moe.balance_rate
   return jax.tree.map(lambda b: updated_bias(b, load, rate=rate), balance)
 
 
 def make_train_step(
-  program: Program, *, capacity: int | None = None
+  setup: TrainSetup, *, capacity: int | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """`train_step` of `program`, jitted, with the state donated."""
+  """`train_step` of `setup`, jitted, with the state donated."""
 
   def step(state, batch):
-    return train_step(state, batch, program=program, capacity=capacity)
+    return train_step(state, batch, setup=setup, capacity=capacity)
 
   return jax.jit(step, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""A model of one block with everything in it, and its training program.
+"""A model of one block with everything in it, and its training setup.
 
 The library is imported inside the fixtures: pytest may load this file before
 the hook that checks the annotations is in place.
@@ -15,29 +15,16 @@ VOCAB, BATCH, LENGTH = 60, 4, 12
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiny:
-  """One training program and what it was made of."""
+  """One training setup."""
 
-  program: Any
+  setup: Any
 
   def abstract_state(self):
     """The state's shapes; allocates nothing."""
-    import jax
-
-    from engram_jax.training.state import init_state
-
-    program = self.program
-    return jax.eval_shape(
-      lambda: init_state(
-        jax.random.key(0),
-        program.model,
-        program.hashing,
-        optimizer=program.optimizer,
-        row_optimizer=program.row_optimizer,
-      )
-    )
+    return self.setup.abstract_state()
 
   def state(self, seed: int = 0):
-    """A new state. Drawn by NumPy: `init_state` takes seconds to compile."""
+    """A new state. Drawn by NumPy: `init_state` of the setup takes seconds to compile."""
     import jax
     import jax.numpy as jnp
 
@@ -61,7 +48,7 @@ class Tiny:
 
 
 def _make_tiny(*, memory: bool = True, model=None, **train) -> Tiny:
-  """A program; `model` changes the model's config, `train` the training's."""
+  """A setup; `model` changes the model's config, `train` the training's."""
   from engram_jax.config import (
     AttentionConfig,
     EngramConfig,
@@ -69,10 +56,9 @@ def _make_tiny(*, memory: bool = True, model=None, **train) -> Tiny:
     MoEConfig,
   )
   from engram_jax.memory.compression import TokenCompression
-  from engram_jax.memory.hashing import NgramHash
+  from engram_jax.memory.memory import Memory
   from engram_jax.run_config import TrainConfig
-  from engram_jax.training.state import abstract_model
-  from engram_jax.training.step import Program
+  from engram_jax.training.setup import TrainSetup
 
   hidden_size = 8
   fields: dict[str, Any] = {
@@ -113,23 +99,12 @@ def _make_tiny(*, memory: bool = True, model=None, **train) -> Tiny:
     "learning_rate": 0.01,
   }
   training = TrainConfig(**options | train)
-  compression = hashing = None
+  shared = None
   if config.engram is not None:
     # Two tokens to one canonical id, so that the map matters.
     compression = TokenCompression.from_canonical_ids(np.arange(VOCAB) // 2)
-    hashing = NgramHash.create(
-      vocab_size=compression.size,
-      rows_per_head=config.engram.rows_per_head,
-      heads=config.engram.heads,
-      layers=config.engram.layers,
-      pad_id=int(compression.canonical_ids[config.engram.pad_id]),
-    )
-  graph, _, _ = abstract_model(config)
-  return Tiny(
-    Program.create(
-      config, training, graph, hashing=hashing, compression=compression
-    )
-  )
+    shared = Memory.from_compression(config.engram, compression)
+  return Tiny(TrainSetup.create(config, training, shared))
 
 
 def _make_batch(seed: int = 0, length: int = LENGTH):
@@ -158,7 +133,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def tiny():
-  """The program that most tests share."""
+  """The setup that most tests share."""
   return _make_tiny()
 
 
@@ -167,4 +142,4 @@ def train_step(tiny):
   """Its step, compiled once."""
   from engram_jax.training.step import make_train_step
 
-  return make_train_step(tiny.program)
+  return make_train_step(tiny.setup)

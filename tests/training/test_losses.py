@@ -150,7 +150,7 @@ def test_a_chunk_has_tokens():
 @pytest.fixture(scope="module")
 def in_chunks(make_tiny):
   """The shared program, with 48 tokens of a batch by fives."""
-  return make_tiny(loss_chunk=5).program
+  return make_tiny(loss_chunk=5).setup
 
 
 def test_a_training_step(tiny, train_step, in_chunks, make_batch):
@@ -171,10 +171,10 @@ def test_a_training_step(tiny, train_step, in_chunks, make_batch):
 
 def test_an_evaluation(tiny, in_chunks, make_batch):
   state, batch = tiny.state(), make_batch()
-  model = tiny.program.model_of(state)
+  model = tiny.setup.model_of(state)
   found, expected = (
     make_eval_step(program)(model, state.tables, batch)
-    for program in (in_chunks, tiny.program)
+    for program in (in_chunks, tiny.setup)
   )
   np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
   assert found[1] == expected[1]

@@ -13,20 +13,13 @@ from engram_jax.training.state import (
   abstract_model,
   count_parameters,
   flatten,
-  init_state,
   unflatten,
 )
 
 
-def initial(tiny, key=0):
-  program = tiny.program
-  return init_state(
-    jax.random.key(key),
-    program.model,
-    program.hashing,
-    optimizer=program.optimizer,
-    row_optimizer=program.row_optimizer,
-  )
+def initial(tiny):
+  """A new run's state."""
+  return jax.jit(tiny.setup.initial_state)()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +35,11 @@ def test_a_new_run_starts_at_zero(state, tiny):
       assert not np.asarray(leaf).any(), name
     if name.startswith("params/"):
       assert leaf.dtype == jnp.float32, name
-  memory, hashing = tiny.program.model.engram, tiny.program.hashing
+  memory = tiny.setup.memory
   assert list(state.tables) == [0]
-  assert state.tables[0].shape == (hashing.num_rows[0], memory.head_dim)
+  assert state.tables[0].shape == (memory.num_rows[0], memory.config.head_dim)
   np.testing.assert_allclose(
-    np.std(state.tables[0]), memory.table_init_std, rtol=0.1
+    np.std(state.tables[0]), memory.config.table_init_std, rtol=0.1
   )
 
 
@@ -57,13 +50,13 @@ def test_shapes_are_known_without_allocating(state, tiny):
     made = flatten(state)[name]
     assert isinstance(leaf, jax.ShapeDtypeStruct)
     assert (leaf.shape, leaf.dtype) == (made.shape, made.dtype), name
-  _, params, balance = abstract_model(tiny.program.model)
+  _, params, balance = abstract_model(tiny.setup.model)
   for mine, its in ((params, state.params), (balance, state.balance)):
     assert jax.tree.structure(mine) == jax.tree.structure(its)
 
 
-def test_the_key_decides(state, tiny):
-  other = initial(tiny, key=1)
+def test_the_seed_decides(state, make_tiny):
+  other = initial(make_tiny(seed=1))
   mine, its = flatten(state), flatten(other)
   for name in ("params/embedding/table", "tables/0"):
     assert not np.array_equal(mine[name], its[name])
@@ -93,7 +86,7 @@ def test_names_are_those_of_the_model(state):
     params/moe_blocks/ffn/shared/gate
     params/norm/scale
     step
-    table_states/0/mean
+    table_states/0/mu
     tables/0
   """.split()
   assert set(expected) <= set(leaves)
@@ -104,7 +97,7 @@ def test_no_name_tells_where_the_memory_sits(tiny):
   # Nor does a shape: a checkpoint can be read with the Engram layers moved.
   found = []
   for layers in ((0, 3), (2, 1)):
-    model = tiny.program.model
+    model = tiny.setup.model
     engram = dataclasses.replace(model.engram, layers=layers)
     config = dataclasses.replace(model, num_layers=12, engram=engram)
     _, params, balance = abstract_model(config)
@@ -115,15 +108,13 @@ def test_no_name_tells_where_the_memory_sits(tiny):
 
 def test_how_blocks_are_compiled_is_not_in_the_state(tiny, state):
   # So one run's checkpoints serve however it is continued.
-  model = dataclasses.replace(
-    tiny.program.model, scan_blocks=True, remat="block"
-  )
+  model = dataclasses.replace(tiny.setup.model, scan_blocks=True, remat="block")
   _, params, balance = abstract_model(model)
   for mine, its in ((params, state.params), (balance, state.balance)):
     mine, its = flatten(mine), flatten(its)
     assert list(mine) == list(its)
     assert all(mine[name].shape == its[name].shape for name in its)
-  before = {"config": {"model": to_dict(tiny.program.model)}}
+  before = {"config": {"model": to_dict(tiny.setup.model)}}
   check_constants(before, {"config": {"model": to_dict(model)}})
 
 

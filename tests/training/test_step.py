@@ -49,14 +49,14 @@ def stepped(tiny, train_step, batch):
 @pytest.fixture(scope="module")
 def dense(tiny, batch):
   """Loss, gradients and load, with the tables differentiated as a whole."""
-  program = tiny.program
+  setup = tiny.setup
   state = tiny.state()
-  canonical = program.compression(batch["inputs"])
-  row_ids = program.hashing.hash(canonical, breaks=batch["breaks"])
+  canonical = setup.memory.compression(batch["inputs"])
+  row_ids = setup.memory.hashing.hash(canonical, breaks=batch["breaks"])
 
   def loss_of(params, tables, balance):
     rows = {i: tables[i][ids] for i, ids in row_ids.items()}
-    model = nnx.merge(program.graph, params, balance)
+    model = nnx.merge(setup.graphdef, params, balance)
     out = model(batch["inputs"], rows, breaks=batch["breaks"])
     log_p = jax.nn.log_softmax(out.logits)
     picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)
@@ -76,7 +76,7 @@ def dense(tiny, batch):
 def test_a_step_is_the_dense_step(tiny, stepped, dense):
   before, after, metrics = stepped
   (by_params, by_tables, _), loss, _, touched = dense
-  train = tiny.program.train
+  train = tiny.setup.train
   norm = float(optax.global_norm((by_params, by_tables)))
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
@@ -124,13 +124,13 @@ def test_a_step_is_the_dense_step(tiny, stepped, dense):
 def test_moments_are_those_of_the_clipped_gradient(tiny, stepped, dense):
   _, after, metrics = stepped
   (by_params, by_tables, _), _, _, _ = dense
-  train = tiny.program.train
+  train = tiny.setup.train
   clip = train.clip_norm / metrics["grad_norm"]
   # The rows take part in the norm: without them it would be another one.
   alone = float(optax.global_norm(by_params))
   assert abs(alone - metrics["grad_norm"]) > 1e-3 * alone
   means = {f"opt_state/0/mu/{n}": g for n, g in flatten(by_params).items()} | {
-    "table_states/0/mean": by_tables[0]
+    "table_states/0/mu": by_tables[0]
   }
   for name, gradient in means.items():
     expected = (1 - train.adam_b1) * clip * np.asarray(gradient)
@@ -141,7 +141,7 @@ def test_moments_are_those_of_the_clipped_gradient(tiny, stepped, dense):
 
 def test_counts_advance(stepped):
   _, after, metrics = stepped
-  for name in ("step", "opt_state/0/count", "table_states/0/step"):
+  for name in ("step", "opt_state/0/count", "table_states/0/count"):
     assert after[name] == 1, name
   assert metrics["finite"] and metrics["dropped"] == 0
   assert metrics["gate_mean/0"].shape == (1,)
@@ -154,7 +154,7 @@ def test_balancing_moves_toward_idle_experts_alone(tiny, stepped, dense):
   name = "balance/moe_blocks/ffn/bias"
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(by_balance))
   (moved,) = after[name] - before[name]
-  rate = tiny.program.model.moe.balance_rate
+  rate = tiny.setup.model.moe.balance_rate
   np.testing.assert_allclose(moved, rate * np.sign(load.mean() - load))
   assert moved.any() and load.sum() == 4 * 12 * 2
   np.testing.assert_array_equal(
@@ -180,7 +180,7 @@ def test_only_matrices_decay(tiny, train_step, batch):
   before = with_leaf(before, "params/engrams/0/projection_bias", jnp.ones_like)
   was = host(before)
   state, metrics = train_step(before, quiet)
-  now, train = host(state), tiny.program.train
+  now, train = host(state), tiny.setup.train
   assert metrics["loss"] == 0 and metrics["finite"]
   rate = float(metrics["learning_rate"])
   # Above the router there is no gradient at all.
@@ -273,13 +273,13 @@ def memory_of(make_tiny, make_batch):
   """Bytes of the compiled step for tables of about so many rows."""
 
   def measure(rows):
-    memory = make_tiny().program.model.engram
+    memory = make_tiny().setup.model.engram
     memory = dataclasses.replace(
       memory, rows_per_head=(rows // 2, rows // 2), short_conv=False
     )
     # The less there is, the sooner it is compiled.
     tiny = make_tiny(model={"engram": memory, "moe": None})
-    step = make_train_step(tiny.program)
+    step = make_train_step(tiny.setup)
     compiled = step.lower(tiny.abstract_state(), make_batch()).compile()
     return compiled.memory_analysis()
 
@@ -297,7 +297,7 @@ def test_memory_does_not_grow_with_the_rows(memory_of):
   assert 0.99 < growth < 1.01, growth
 
 
-# --- other programs ---
+# --- other setups ---
 
 
 def test_accumulation_changes_nothing_but_rounding(
@@ -307,24 +307,24 @@ def test_accumulation_changes_nothing_but_rounding(
   # rounding errors, moments are compared, and what moved by them.
   _, once, metrics = stepped
   halves = make_tiny(accumulation=2)
-  state, its = make_train_step(halves.program)(tiny.state(), batch)
+  state, its = make_train_step(halves.setup)(tiny.state(), batch)
   twice = host(state)
   for name in ("loss", "grad_norm", "balance_loss", "gate_mean/0"):
     np.testing.assert_allclose(its[name], metrics[name], rtol=1e-5)
   for name in ("rows_touched/0", "max_violation", "learning_rate"):
     np.testing.assert_array_equal(its[name], metrics[name])
   for name, expected in once.items():
-    if name.startswith(("opt_state/0/nu", "table_states/0/variance")):
+    if name.startswith(("opt_state/0/nu", "table_states/0/nu")):
       # Squares of gradients: far below what float32 resolves near 1.
       np.testing.assert_allclose(
         np.sqrt(twice[name]), np.sqrt(expected), rtol=1e-3, atol=1e-6
       )
-    elif name.startswith(("opt_state/0/mu", "table_states/0/mean")):
+    elif name.startswith(("opt_state/0/mu", "table_states/0/mu")):
       np.testing.assert_allclose(twice[name], expected, rtol=1e-3, atol=1e-7)
     elif name.startswith(("params/", "tables/")):
       close = np.isclose(twice[name], expected, rtol=1e-4, atol=1e-5)
       mean = once.get(name.replace("params/", "opt_state/0/mu/"))
-      mean = once["table_states/0/mean"] if mean is None else mean
+      mean = once["table_states/0/mu"] if mean is None else mean
       assert (close | (np.abs(mean) < 1e-6)).all(), name
     else:
       np.testing.assert_array_equal(twice[name], expected, err_msg=name)
@@ -332,10 +332,10 @@ def test_accumulation_changes_nothing_but_rounding(
 
 def test_a_model_without_memory_trains(make_tiny, batch):
   # Half of the mean load fits: at least half of 4 * 12 * 2 falls out.
-  experts = make_tiny().program.model.moe
+  experts = make_tiny().setup.model.moe
   tight = dataclasses.replace(experts, dispatch="bucketed", capacity_factor=0.5)
   plain = make_tiny(memory=False, model={"moe": tight}, accumulation=2)
-  step = make_train_step(plain.program)
+  step = make_train_step(plain.setup)
   state, losses = plain.state(), []
   for _ in range(8):
     state, metrics = step(state, batch)

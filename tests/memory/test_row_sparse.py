@@ -4,26 +4,85 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.memory.row_optimizers import (
+from engram_jax.memory.row_sparse import (
   RowGradients,
-  dense_adam,
-  lazy_adam,
-  read_rows,
-  rowwise_adagrad,
+  dense,
+  gather_rows,
+  row_sparse,
+  scatter_rows,
   squared_norm,
   state_bytes_per_row,
   sum_duplicates,
-  write_rows,
+)
+from engram_jax.memory.row_transformations import (
+  scale_by_adam_per_row,
+  scale_by_rowwise_adagrad,
 )
 from engram_jax.memory.sinkhorn import sinkhorn
 
 ROWS, WIDTH = 40, 3
+
+
+def adam(bias_correction="global"):
+  """Lazy Adam with the count of all steps, or with each row's own."""
+  if bias_correction == "row":
+    return row_sparse(scale_by_adam_per_row())
+  return row_sparse(optax.scale_by_adam(b2=0.95))
+
+
+def dense_adam():
+  return dense(optax.scale_by_adam(b2=0.95))
+
+
+def adagrad(**constants):
+  return row_sparse(scale_by_rowwise_adagrad(**constants))
+
+
+#: Of optax: moments, one moment, a sign, an accumulator.
+TRANSFORMATIONS = {
+  "sgd with momentum": lambda: optax.trace(0.9),
+  "adam": lambda: optax.scale_by_adam(),
+  "rmsprop": lambda: optax.scale_by_rms(),
+  "lion": lambda: optax.scale_by_lion(),
+  "adagrad": lambda: optax.scale_by_rss(),
+}
+#: The same with a learning rate of their own.
+ALIASES = {
+  "sgd with momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+  "adam": lambda: optax.adamw(optax.linear_schedule(0.1, 0.01, 4)),
+  "rmsprop": lambda: optax.rmsprop(0.1, centered=True),
+  "lion": lambda: optax.lion(0.1),
+  "adagrad": lambda: optax.adagrad(0.1),
+}
+COUPLING = {
+  "a global norm": lambda: optax.clip_by_global_norm(1.0),
+  "a norm inside a chain": lambda: optax.chain(
+    optax.scale_by_adam(), optax.clip_by_global_norm(1.0)
+  ),
+  "Muon": lambda: optax.contrib.scale_by_muon(),
+  "noise": lambda: optax.add_noise(0.1, 0.5, 0),
+  "a trust ratio": lambda: optax.scale_by_trust_ratio(),
+  "the mean of other rows' params": lambda: optax.stateless(
+    lambda g, p: g + 0.1 * jnp.mean(p, axis=0)
+  ),
+  "a count of rows": lambda: optax.stateless(lambda g, p: g / g.shape[0]),
+}
+FACTORED = {
+  "factored moments": lambda: optax.scale_by_factored_rms(
+    min_dim_size_to_factor=2
+  ),
+  "one moment of all columns": lambda: optax.GradientTransformation(
+    lambda p: jnp.zeros(p.shape[1]), lambda g, s, p: (g, s)
+  ),
+}
 
 
 def gradients(ids, seed=0) -> RowGradients:
@@ -66,7 +125,7 @@ def test_sum_duplicates_is_the_dense_gradient():
 @pytest.mark.parametrize("bias_correction", ["global", "row"])
 def test_first_step_equals_dense_adam(bias_correction):
   ids = [[5, 5, 6, 39, 0, 5]]
-  (lazy,), _ = run(lazy_adam(bias_correction=bias_correction), ids)
+  (lazy,), _ = run(adam(bias_correction), ids)
   (dense,), _ = run(dense_adam(), ids)
   np.testing.assert_allclose(lazy, dense, rtol=0, atol=3e-7)
 
@@ -75,7 +134,7 @@ def test_first_step_equals_dense_adam(bias_correction):
 def test_rows_touched_at_every_step_equal_dense_adam(bias_correction):
   always = [2, 30, 31]
   batches = [[*always, 2, 5 + i, 12 - i] for i in range(6)]
-  lazy, _ = run(lazy_adam(bias_correction=bias_correction), batches)
+  lazy, _ = run(adam(bias_correction), batches)
   dense, _ = run(dense_adam(), batches)
   for a, b in zip(lazy, dense):
     np.testing.assert_allclose(a[always], b[always], rtol=0, atol=1e-6)
@@ -86,37 +145,36 @@ def test_rows_touched_at_every_step_equal_dense_adam(bias_correction):
 
 
 def test_untouched_rows_and_their_moments_keep_every_bit():
-  optimizer = lazy_adam(bias_correction="row")
+  optimizer = adam("row")
   batches = [[1, 2, 2], [2, 3, 3]]
   (_, after), state = run(optimizer, batches)
   touched = [1, 2, 3]
   others = np.setdiff1d(np.arange(ROWS), touched)
   np.testing.assert_array_equal(after[others], np.asarray(table())[others])
-  assert not state.mean[others].any() and not state.variance[others].any()
-  assert state.touches[jnp.array(touched)].tolist() == [1, 2, 1]
-  assert int(state.step) == 2
+  assert not state.mu[others].any() and not state.nu[others].any()
+  assert state.count[jnp.array(touched)].tolist() == [1, 2, 1]
 
 
 def test_bias_correction_decides_the_first_step_of_a_late_row():
   batches = [[0]] * 200 + [[1]]
   for bias_correction, share in (("row", 1.0), ("global", 0.1 / 0.05**0.5)):
-    history, _ = run(lazy_adam(bias_correction=bias_correction), batches)
+    history, _ = run(adam(bias_correction), batches)
     length = abs(history[-1][1] - history[-2][1])
     np.testing.assert_allclose(length, 0.1 * share, rtol=2e-3)
 
 
 def test_bfloat16_table_keeps_float32_moments():
-  optimizer = lazy_adam()
+  optimizer = adam()
   half = table().astype(jnp.bfloat16)
   new, state = optimizer.update(
     half, optimizer.init(half), gradients([4, 4]), 0.1
   )
-  assert new.dtype == jnp.bfloat16 and state.mean.dtype == jnp.float32
+  assert new.dtype == jnp.bfloat16 and state.mu.dtype == jnp.float32
   assert (new[4] != half[4]).all() and (new[5] == half[5]).all()
 
 
 def test_the_update_is_written_in_place():
-  optimizer = lazy_adam()
+  optimizer = adam()
   current, state = table(), optimizer.init(table())
   update = jax.jit(optimizer.update, donate_argnums=(0, 1))
   compiled = update.lower(current, state, gradients([1]), 0.1).compile()
@@ -129,22 +187,22 @@ def test_the_update_is_written_in_place():
 def test_read_and_write_leave_padding_out():
   array = jnp.arange(8, dtype=jnp.bfloat16).reshape(4, 2)
   ids = jnp.array([3, 1, 4, 5], jnp.int32)
-  rows = read_rows(array, ids)
+  rows = gather_rows(array, ids)
   assert rows.tolist() == [[6, 7], [2, 3], [0, 0], [0, 0]]
-  written = write_rows(array, ids, rows.astype(jnp.float32) + 10)
+  written = scatter_rows(array, ids, rows.astype(jnp.float32) + 10)
   assert written.dtype == jnp.bfloat16
   assert written.tolist() == [[0, 1], [12, 13], [4, 5], [16, 17]]
-  counts = write_rows(jnp.zeros(4, jnp.int32), ids, jnp.arange(1, 5))
+  counts = scatter_rows(jnp.zeros(4, jnp.int32), ids, jnp.arange(1, 5))
   assert counts.tolist() == [0, 2, 0, 1]
 
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_state_bytes_per_row(width):
   expected = {
-    lazy_adam(): 8 * width,
-    lazy_adam(bias_correction="row"): 8 * width + 4,
+    adam(): 8 * width,
+    adam("row"): 8 * width + 4,
     dense_adam(): 8 * width,
-    rowwise_adagrad(): 4,
+    adagrad(): 4,
     sinkhorn(): 4 * width,
   }
   for optimizer, size in expected.items():
@@ -169,7 +227,7 @@ def test_dense_adam_of_a_bfloat16_table_keeps_float32_moments():
 @pytest.mark.parametrize("initial", [0.0, 0.25])
 def test_rowwise_adagrad_is_the_formula_row_by_row(initial):
   rng = np.random.default_rng(0)
-  optimizer = rowwise_adagrad(initial=initial, eps=1e-3)
+  optimizer = adagrad(initial=initial, eps=1e-3)
   current, state = table(), optimizer.init(table())
   update = jax.jit(optimizer.update, donate_argnums=(0, 1))
   expected = np.asarray(table(), np.float64)
@@ -196,7 +254,7 @@ def test_rowwise_adagrad_is_the_formula_row_by_row(initial):
 
 
 def test_rowwise_adagrad_on_a_row_without_gradient_moves_nothing():
-  optimizer = rowwise_adagrad()
+  optimizer = adagrad()
   zeros = RowGradients(jnp.array([4]), jnp.zeros((1, WIDTH)))
   new, state = optimizer.update(table(), optimizer.init(table()), zeros, 0.1)
   np.testing.assert_array_equal(new, table())
@@ -204,7 +262,7 @@ def test_rowwise_adagrad_on_a_row_without_gradient_moves_nothing():
 
 
 def test_rowwise_adagrad_on_a_bfloat16_table():
-  optimizer = rowwise_adagrad()
+  optimizer = adagrad()
   half = table().astype(jnp.bfloat16)
   new, state = optimizer.update(
     half, optimizer.init(half), gradients([4, 4]), 0.1
@@ -214,7 +272,7 @@ def test_rowwise_adagrad_on_a_bfloat16_table():
 
 
 def test_rowwise_adagrad_is_written_in_place():
-  optimizer = rowwise_adagrad()
+  optimizer = adagrad()
   current, state = table(), optimizer.init(table())
   update = jax.jit(optimizer.update, donate_argnums=(0, 1))
   compiled = update.lower(current, state, gradients([1]), 0.1).compile()
@@ -226,18 +284,19 @@ def test_rowwise_adagrad_is_written_in_place():
 def test_eight_devices_do_what_one_does():
   """Every optimizer through the exchange; in a process of its own."""
   program = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, optax
 from engram_jax import sharding
 from engram_jax.memory import exchange
-from engram_jax.memory.row_optimizers import (
-  dense_adam, lazy_adam, rowwise_adagrad, sum_duplicates)
+from engram_jax.memory.row_sparse import dense, row_sparse, sum_duplicates
+from engram_jax.memory.row_transformations import (
+  scale_by_adam_per_row, scale_by_rowwise_adagrad)
 from engram_jax.memory.sinkhorn import dense_sinkhorn, sinkhorn
 
 OPTIMIZERS = {
-  "lazy_adam": lazy_adam(),
-  "lazy_adam_row_steps": lazy_adam(bias_correction="row"),
-  "dense_adam": dense_adam(),
-  "rowwise_adagrad": rowwise_adagrad(),
+  "lazy_adam": row_sparse(optax.scale_by_adam(b2=0.95)),
+  "lazy_adam_row_steps": row_sparse(scale_by_adam_per_row()),
+  "dense_adam": dense(optax.scale_by_adam(b2=0.95)),
+  "rowwise_adagrad": row_sparse(scale_by_rowwise_adagrad()),
   "sinkhorn": sinkhorn(),
   "dense_sinkhorn": dense_sinkhorn(),
 }
@@ -268,8 +327,8 @@ for name, optimizer in OPTIMIZERS.items():
     alone.append(arrays(one, state))
   for strategy in exchange.STRATEGIES:
     def step(many, state, ids, values):
-      _, plan = exchange.fetch({1: many}, {1: ids}, strategy=strategy)
-      home = exchange.send_home(plan, {1: values}, num_rows={1: 80})
+      _, plan = exchange.lookup({1: many}, {1: ids}, strategy=strategy)
+      home = exchange.reduce_row_gradients(plan, {1: values}, num_rows={1: 80})
       return exchange.update(optimizer, many, state, home[1], 0.1)
     with jax.set_mesh(mesh):
       by_rows = lambda x: jax.device_put(x, jax.NamedSharding(
@@ -304,12 +363,10 @@ for name, optimizer in OPTIMIZERS.items():
 def test_rowwise_adagrad_refuses_bad_constants(wrong):
   ((name, value),) = wrong.items()
   with pytest.raises(InputError, match=f"^{name}: {value}; valid: a finite"):
-    rowwise_adagrad(**wrong)
+    adagrad(**wrong)
 
 
 def test_refusals():
-  with pytest.raises(InputError, match="bias_correction: rows"):
-    lazy_adam(bias_correction="rows")
   with pytest.raises(InputError, match="num_rows: 2147483646"):
     sum_duplicates(
       jnp.zeros(4, jnp.int32), jnp.zeros((4, 1)), num_rows=2**31 - 2
@@ -321,3 +378,61 @@ def test_row_ids_ascend_padding_included():
   ids = jnp.array([7, 3, 9, 3, 9, 9, 0, 7], jnp.int32)
   found = sum_duplicates(ids, jnp.ones((8, WIDTH)), num_rows=9).row_ids
   assert (jnp.diff(found) > 0).all(), found
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("own_rate", [False, True])
+def test_optax_on_rows_touched_at_every_step_is_the_dense_form(name, own_rate):
+  make, rate = TRANSFORMATIONS[name], 0.1
+  if own_rate:
+    make, rate = ALIASES[name], None
+  always = [2, 30, 31]
+  batches = [[*always, 2, 5 + i, 12 - i] for i in range(6)]
+  sparse, state = run(row_sparse(make()), batches, rate)
+  whole, dense_state = run(dense(make()), batches, rate)
+  for a, b in zip(sparse, whole):
+    np.testing.assert_allclose(a[always], b[always], rtol=1e-5, atol=1e-6)
+  assert (sparse[0][always] != table()[jnp.array(always)]).all()
+
+  def of_rows(leaf):
+    return leaf[jnp.array(always)] if leaf.ndim else leaf
+
+  chex.assert_trees_all_close(
+    *(jax.tree.map(of_rows, x) for x in (state, dense_state)),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  # A row that was never touched keeps every bit, decay or not.
+  np.testing.assert_array_equal(sparse[-1][20], table()[20])
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_what_couples_rows_is_refused(name):
+  match = "^row_sparse transformation: (couples rows|state of shape)"
+  with pytest.raises(InputError, match=match):
+    row_sparse(COUPLING[name]())
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_a_state_that_is_not_of_rows_is_refused(name):
+  match = r"^row_sparse transformation: state of shape \(.*\) for a table"
+  with pytest.raises(InputError, match=match):
+    row_sparse(FACTORED[name]())
+
+
+def test_a_learning_rate_is_given_once():
+  state, batch = optax.EmptyState(), gradients([1])
+  with pytest.raises(InputError, match="^learning_rate: None; valid: a number"):
+    row_sparse(optax.identity()).update(table(), state, batch, None)
+  descending = row_sparse(optax.sgd(0.1))
+  with pytest.raises(InputError, match="^learning_rate: 0.1; valid: None"):
+    descending.update(table(), descending.init(table()), batch, 0.1)
+
+
+def test_row_sparse_may_be_made_under_a_trace():
+  def step(current, batch):
+    optimizer = row_sparse(optax.scale_by_adam())
+    return optimizer.update(current, optimizer.init(current), batch, 0.1)[0]
+
+  found = jax.jit(step)(table(), gradients([1, 2]))
+  chex.assert_trees_all_close(found, step(table(), gradients([1, 2])))

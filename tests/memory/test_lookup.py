@@ -1,5 +1,6 @@
-"""Retrieval of all layers at once, its shuffled control, its refusals."""
+"""Rows of all layers at once, its shuffled control, its refusals."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,12 @@ import pytest
 
 from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import read_rows, retrieve, shuffle_row_ids
+from engram_jax.memory.lookup import (
+  Lookup,
+  lookup_rows,
+  require_tables,
+  shuffle_row_ids,
+)
 
 HASHING = NgramHash.create(
   vocab_size=50, rows_per_head=(30, 40), heads=2, layers=(3, 0), pad_id=2
@@ -20,26 +26,18 @@ TABLES = {
 TOKENS = jax.random.randint(jax.random.key(7), (2, 6), 0, 50)
 
 
-def test_rows_are_those_of_the_hash():
-  found = jax.jit(lambda t, c: retrieve(t, HASHING, c))(TABLES, TOKENS)
-  assert set(found.rows) == set(found.row_ids) == {0, 3}
+def test_rows_are_those_of_the_ids():
+  ids = HASHING.hash(TOKENS)
+  found = jax.jit(lookup_rows)(TABLES, ids)
+  chex.assert_trees_all_equal(found.row_ids, ids)
+  assert found.plan is None and found.is_complete
   for layer in HASHING.layers:
-    ids = HASHING.row_ids_numpy(np.asarray(TOKENS), layer)
-    np.testing.assert_array_equal(found.row_ids[layer], ids)
-    rows = np.asarray(TABLES[layer])[ids]
+    rows = np.asarray(TABLES[layer])[np.asarray(ids[layer])]
     np.testing.assert_array_equal(found.rows[layer], rows)
 
 
-def test_history_and_breaks_reach_the_hash():
-  whole = retrieve(TABLES, HASHING, TOKENS).row_ids
-  history = HASHING.next_history(TOKENS[:, :4])
-  rest = retrieve(TABLES, HASHING, TOKENS[:, 4:], history=history).row_ids
-  starts = jnp.zeros((2, 6), jnp.int8).at[:, 4].set(1)
-  packed = retrieve(TABLES, HASHING, TOKENS, breaks=starts).row_ids
-  alone = retrieve(TABLES, HASHING, TOKENS[:, 4:]).row_ids
-  for layer in HASHING.layers:
-    np.testing.assert_array_equal(rest[layer], whole[layer][:, 4:])
-    np.testing.assert_array_equal(packed[layer][:, 4:], alone[layer])
+def test_a_lookup_of_nothing_is_of_no_layer():
+  assert lookup_rows({}, {}) == Lookup({}, {})
 
 
 def test_shuffled_positions_read_real_rows_but_never_their_own():
@@ -60,9 +58,9 @@ def test_shuffled_positions_read_real_rows_but_never_their_own():
 
 
 def test_shuffled_rows_are_rows_of_the_batch():
-  ids = retrieve(TABLES, HASHING, TOKENS).row_ids
+  ids = HASHING.hash(TOKENS)
   shuffled = shuffle_row_ids(jax.random.key(0), ids)
-  assert read_rows(TABLES, shuffled)[0].shape == (2, 6, 4, 5)
+  assert lookup_rows(TABLES, shuffled).rows[0].shape == (2, 6, 4, 5)
   before, after = (
     np.sort(np.asarray(x[3]).reshape(12, 4), axis=0) for x in (ids, shuffled)
   )
@@ -71,9 +69,9 @@ def test_shuffled_rows_are_rows_of_the_batch():
 
 def test_refusals():
   with pytest.raises(InputError, match=r"tables: \[0\]; valid: .*\[0, 3\]"):
-    retrieve({0: TABLES[0]}, HASHING, TOKENS)
+    require_tables({0: TABLES[0]}, HASHING.num_rows)
   short = TABLES | {3: TABLES[3][:-2]}
   with pytest.raises(InputError, match=r"tables\[3\].shape\[0\]: "):
-    retrieve(short, HASHING, TOKENS)
+    require_tables(short, HASHING.num_rows)
   with pytest.raises(InputError, match=r"row_ids: .*1.* positions"):
     shuffle_row_ids(jax.random.key(0), {0: jnp.zeros((1, 1, 4), jnp.int32)})
