@@ -31,10 +31,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Shaped
 
 from engram_jax.errors import require
+
+#: Of larger numbers float32 cannot sum many squares.
+LARGEST_GRADIENT = 2.0**55
 
 
 class RowGradients(NamedTuple):
@@ -146,6 +150,30 @@ def dense_gradient(
   return dense.at[gradients.row_ids].add(gradients.values, mode="drop")
 
 
+def squarable(values: Float[Array, "*S"]) -> Float[Array, "*S"]:
+  """Gradients whose squares can be summed: what is beyond 2^55 counts as 2^55.
+
+  An update that divides by the root of squares moves as far for either. The
+  square of a larger one would be infinite, and the row would never move again.
+  Numbers that are not finite stay so, to be seen.
+  """
+  limited = jnp.clip(values, -LARGEST_GRADIENT, LARGEST_GRADIENT)
+  return jnp.where(jnp.isfinite(values), limited, values)
+
+
+def require_decay(name: str, value: float) -> None:
+  """Refuses a decay that is outside 0 <= b < 1, or becomes 1 in float32."""
+  ok = 0 <= value < 1 and np.float32(value) < 1
+  require(ok, name, value, "0 <= b < 1, and at most 1 - 2**-24")
+
+
+def require_eps(value: float) -> None:
+  """Refuses what is not above 0 in float32: 0 / 0 for a gradient of zeros."""
+  least = float(np.finfo(np.float32).tiny)
+  ok = least <= value < math.inf
+  require(ok, "eps", value, f"a finite number, at least {least:.3g}")
+
+
 def state_bytes_per_row(optimizer: RowOptimizer, width: int) -> int:
   """Bytes of state that one more row of a table costs.
 
@@ -202,10 +230,16 @@ def lazy_adam(
 
   Returns:
     A `RowOptimizer` whose state is a `LazyAdamState`, 8 d bytes a row.
+
+  Raises:
+    InputError: a constant out of its range.
   """
   valid = "global or row"
   known = bias_correction in ("global", "row")
   require(known, "bias_correction", bias_correction, valid)
+  require_decay("b1", b1)
+  require_decay("b2", b2)
+  require_eps(eps)
   per_row = bias_correction == "row"
 
   def init(table: Float[Array, "R d"]) -> LazyAdamState:
@@ -226,7 +260,7 @@ def lazy_adam(
     axes: Sequence[str] = (),
   ) -> tuple[Float[Array, "R d"], LazyAdamState]:
     del axes  # no row looks at another
-    ids, values = gradients
+    ids, values = gradients.row_ids, squarable(gradients.values)
     step = state.step + 1
     touches = state.touches
     if per_row:
@@ -253,6 +287,9 @@ def dense_adam(
   *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8
 ) -> RowOptimizer:
   """Adam over the whole table by optax: the oracle; every step costs R."""
+  require_decay("b1", b1)
+  require_decay("b2", b2)
+  require_eps(eps)
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
   def init(table):
@@ -261,7 +298,7 @@ def dense_adam(
 
   def update(table, state, gradients, learning_rate, *, axes=()):
     del axes  # no row looks at another
-    dense = dense_gradient(table, gradients)
+    dense = squarable(dense_gradient(table, gradients))
     direction, state = adam.update(dense, state)
     table = (table - learning_rate * direction).astype(table.dtype)
     return table, state
@@ -304,7 +341,7 @@ def rowwise_adagrad(*, initial: float = 0.0, eps: float = 1e-8) -> RowOptimizer:
   """
   valid = "a finite number >= 0"
   require(0 <= initial < math.inf, "initial", initial, valid)
-  require(0 < eps < math.inf, "eps", eps, "a finite number above 0")
+  require_eps(eps)
 
   def init(table: Float[Array, "R d"]) -> RowwiseAdagradState:
     return RowwiseAdagradState(jnp.full(table.shape[0], initial, jnp.float32))
@@ -318,7 +355,7 @@ def rowwise_adagrad(*, initial: float = 0.0, eps: float = 1e-8) -> RowOptimizer:
     axes: Sequence[str] = (),
   ) -> tuple[Float[Array, "R d"], RowwiseAdagradState]:
     del axes  # no row looks at another
-    ids, values = gradients
+    ids, values = gradients.row_ids, squarable(gradients.values)
     square = jnp.mean(jnp.square(values), axis=1)
     total = read_rows(state.accumulator, ids) + square
     ratio = values / (jnp.sqrt(total) + eps)[:, None]

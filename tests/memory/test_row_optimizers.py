@@ -321,3 +321,58 @@ def test_row_ids_ascend_padding_included():
   ids = jnp.array([7, 3, 9, 3, 9, 9, 0, 7], jnp.int32)
   found = sum_duplicates(ids, jnp.ones((8, WIDTH)), num_rows=9).row_ids
   assert (jnp.diff(found) > 0).all(), found
+
+
+OPTIMIZERS = {
+  "lazy": lazy_adam(),
+  "row steps": lazy_adam(bias_correction="row"),
+  "dense": dense_adam(),
+  "adagrad": rowwise_adagrad(),
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e17, 1e30, 3e38])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_of_any_size_moves_a_row_and_leaves_it_movable(name, size):
+  optimizer = OPTIMIZERS[name]
+  table = jnp.ones((3, 2))
+  update, state = jax.jit(optimizer.update), optimizer.init(table)
+  huge = RowGradients(jnp.array([1, 3]), jnp.full((2, 2), size).at[1].set(0))
+  for _ in range(3):
+    before = table
+    table, state = update(table, state, huge, 0.1)
+    if size > 1:
+      # About the learning rate, and never nothing.
+      change = np.abs(table - before)[1]
+      assert ((change > 0.03) & (change < 0.2)).all()
+  for leaf in jax.tree.leaves((table, state)):
+    assert np.isfinite(leaf).all()
+  np.testing.assert_array_equal(table[jnp.array([0, 2])], 1)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_no_number_stays_visible(name, value):
+  optimizer = OPTIMIZERS[name]
+  table = jnp.ones((3, 2))
+  gradients = RowGradients(jnp.array([1]), jnp.full((1, 2), value))
+  found, state = optimizer.update(table, optimizer.init(table), gradients, 0.1)
+  leaves = jax.tree.leaves((found, state))
+  assert not all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+  "make, constant",
+  [
+    (lazy_adam, {"eps": 1e-50}),
+    (lazy_adam, {"b2": 1 - 1e-9}),
+    (lazy_adam, {"b1": 1.0}),
+    (dense_adam, {"eps": 0.0}),
+    (dense_adam, {"b2": 1 - 1e-9}),
+    (rowwise_adagrad, {"eps": 1e-50}),
+  ],
+)
+def test_constants_that_float32_cannot_tell_from_0_or_1(make, constant):
+  (name,) = constant
+  with pytest.raises(InputError, match=f"^{name}: "):
+    make(**constant)
