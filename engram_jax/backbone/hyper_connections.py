@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Float32
 
 from engram_jax.backbone.layers import normal_param
 from engram_jax.errors import require
+from engram_jax.norms import normalizable
 from engram_jax.types import Hidden
 
 #: Off the diagonal of the residual matrix's bias. Of a stream, e^-8 = 3e-4 goes
@@ -82,7 +83,11 @@ def sinkhorn(
 def _sinkhorn(logits, iterations):
   # The first iteration is done in logarithms. After it every row and column
   # has an entry of at least 1 / G^2, whatever the logits: no sum is ever 0.
-  matrix = jax.nn.softmax(jax.nn.log_softmax(logits, axis=0), axis=1)
+  logs = jax.nn.log_softmax(logits, axis=0)
+  # The difference of two logits may leave float32: a row of -inf only would
+  # give 0 / 0.
+  logs = jnp.maximum(logs, jnp.finfo(jnp.float32).min)
+  matrix = jax.nn.softmax(logs, axis=1)
 
   def scale_columns_and_rows(_, matrix):
     matrix = matrix / jnp.sum(matrix, axis=0, keepdims=True)
@@ -123,17 +128,18 @@ def mixing(
     ("bias", bias, (columns,)),
   ):
     require(array.shape == shape, f"{field}.shape", array.shape, str(shape))
-  x = streams.astype(jnp.float32)
   # The norm is divided by after the product, which then takes the streams as
-  # they are. HIGH is the paper's precision, TF32 on a GPU: one pass in
-  # bfloat16, an accelerator's default, would round `kernel` to 8 bits.
+  # they are, huge ones scaled down. HIGH is the paper's precision, TF32 on a
+  # GPU: one pass in bfloat16, an accelerator's default, would round `kernel` to
+  # 8 bits.
+  x, inverse = normalizable(streams.astype(jnp.float32), axis=(2, 3), eps=eps)
   product = jnp.einsum(
     "gdc,blgd->cbl",
     kernel.astype(jnp.float32).reshape(g, d, columns),
     x,
     precision=jax.lax.Precision.HIGH,
   )
-  product *= jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3)) + eps)
+  product *= inverse[:, :, 0, 0]
   pre, post, residual = (
     a * part + b[:, None, None]
     for a, part, b in zip(

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from engram_jax.errors import require
 
+#: 1 / s and s (1 - s) of a smaller one leave float32.
+_LEAST_AFFINITY = 1e-30
+
 
 def route(
   x: Float[Array, "T D"],
@@ -44,17 +47,18 @@ def route(
   require(0 < top_k <= experts, "top_k", top_k, f"1 to {experts} experts")
   # Accelerators multiply float32 in fewer bits unless told not to; here the
   # last bits decide which expert is chosen.
-  affinities = jax.nn.sigmoid(
-    jnp.matmul(
-      x.astype(jnp.float32),
-      router.astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
+  logits = jnp.matmul(
+    x.astype(jnp.float32),
+    router.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
   )
+  affinities = jax.nn.sigmoid(logits)
   choice = jax.lax.stop_gradient(affinities + bias)
   expert_ids = jax.lax.top_k(choice, top_k)[1]
-  chosen = jnp.take_along_axis(affinities, expert_ids, axis=1)
-  weights = chosen / jnp.sum(chosen, axis=1, keepdims=True)
+  # Affinities underflow from logits of -88 on, and the bias may choose such
+  # experts: 0 / 0. Their logarithms do not, and softmax is the same quotient.
+  chosen = jnp.take_along_axis(logits, expert_ids, axis=1)
+  weights = jax.nn.softmax(jax.nn.log_sigmoid(chosen), axis=1)
   return expert_ids, weights, affinities
 
 
@@ -86,8 +90,9 @@ def updated_bias(
 
 
 def max_violation(load: Float[Array, "*layers E"]) -> Float[Array, "*layers"]:
-  """MaxVio = max load / mean load - 1; 0 is perfect balance."""
-  return jnp.max(load, axis=-1) / jnp.mean(load, axis=-1) - 1
+  """MaxVio = max load / mean load - 1; 0 is perfect balance, or no load."""
+  mean = jnp.mean(load, axis=-1)
+  return jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1) - (mean > 0)
 
 
 def balance_loss(
@@ -100,12 +105,15 @@ def balance_loss(
 
   weight * sum_i f_i P_i, with f_i = E / (k L) * (tokens that chose i) and P_i
   the mean over the sequence of s_i / sum_j s_j. Balanced routing gives
-  `weight`.
+  `weight`. An affinity below 1e-30 counts as 1e-30, and gets no gradient: so
+  the share of a token that no expert suits is even, and not 0 / 0.
   """
   length, experts = affinities.shape[1:]
   top_k = expert_ids.shape[2]
   counts = jax.vmap(lambda ids: expert_load(ids, experts))(expert_ids)
   frequency = counts * (experts / (top_k * length))
-  share = affinities / jnp.sum(affinities, axis=-1, keepdims=True)
+  # The gradient of a quotient holds 1 / s^2: it overflows before s is 0.
+  logs = jnp.log(jnp.maximum(affinities.astype(jnp.float32), _LEAST_AFFINITY))
+  share = jax.nn.softmax(logs, axis=-1)
   per_sequence = jnp.sum(frequency * jnp.mean(share, axis=1), axis=-1)
   return weight * jnp.mean(per_sequence)

@@ -1,6 +1,7 @@
 """stub"""
 
 import jax.numpy as jnp
+
 from engram_jax.types import Break
 
 

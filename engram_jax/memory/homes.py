@@ -15,8 +15,8 @@ from jaxtyping import UInt8
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.hot_rows import CachedStore
-from engram_jax.memory.quantization import RowFormat, pack_rows
 from engram_jax.memory.lookup import Tables, require_tables
+from engram_jax.memory.quantization import RowFormat, pack_rows
 from engram_jax.memory.row_files import RowFile
 from engram_jax.memory.stores import (
   DeviceStore,

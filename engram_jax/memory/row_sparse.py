@@ -44,6 +44,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from engram_jax.errors import InputError, require
 
+#: Of larger numbers float32 cannot sum many squares.
+LARGEST_GRADIENT = 2.0**55
+
 
 class RowGradients(NamedTuple):
   """Gradients of distinct rows of one table.
@@ -156,6 +159,30 @@ def dense_gradient(
   return dense.at[gradients.row_ids].add(gradients.values, mode="drop")
 
 
+def squarable(values: Float[Array, "*S"]) -> Float[Array, "*S"]:
+  """Gradients whose squares can be summed: what is beyond 2^55 counts as 2^55.
+
+  An update that divides by the root of squares moves as far for either. The
+  square of a larger one would be infinite, and the row would never move again.
+  Numbers that are not finite stay so, to be seen.
+  """
+  limited = jnp.clip(values, -LARGEST_GRADIENT, LARGEST_GRADIENT)
+  return jnp.where(jnp.isfinite(values), limited, values)
+
+
+def require_decay(name: str, value: float) -> None:
+  """Refuses a decay that is outside 0 <= b < 1, or becomes 1 in float32."""
+  ok = 0 <= value < 1 and np.float32(value) < 1
+  require(ok, name, value, "0 <= b < 1, and at most 1 - 2**-24")
+
+
+def require_eps(value: float) -> None:
+  """Refuses what is not above 0 in float32: 0 / 0 for a gradient of zeros."""
+  least = float(np.finfo(np.float32).tiny)
+  ok = least <= value < math.inf
+  require(ok, "eps", value, f"a finite number, at least {least:.3g}")
+
+
 def state_bytes_per_row(optimizer: RowOptimizer, width: int) -> int:
   """Bytes of state that one more row of a table costs.
 
@@ -178,7 +205,8 @@ def row_sparse(transformation: optax.GradientTransformation) -> RowOptimizer:
 
   Rows without a gradient in a step keep every bit, and so does their state: no
   momentum moves them, no decay shrinks them. Scalars of the state, such as a
-  step count, go on at every step.
+  step count, go on at every step. A gradient beyond 2^55 counts as 2^55: its
+  square would be infinite in float32 (`squarable`).
 
   Example:
     >>> row_tx = row_sparse(optax.scale_by_adam(b2=0.95))
@@ -216,7 +244,7 @@ def row_sparse(transformation: optax.GradientTransformation) -> RowOptimizer:
   ) -> tuple[Float[Array, "R d"], optax.OptState]:
     del axes  # no row looks at another
     _require_rate(learning_rate, descends)
-    ids, values = gradients
+    ids, values = gradients.row_ids, squarable(gradients.values)
     rows = gather_rows(table, ids).astype(jnp.float32)
     of_rows = jax.tree.map(
       lambda x: gather_rows(x, ids) if x.ndim else x, state
@@ -250,7 +278,7 @@ def dense(transformation: optax.GradientTransformation) -> RowOptimizer:
   def update(table, state, gradients, learning_rate=None, *, axes=()):
     del axes  # the whole table is here
     rows = table.astype(jnp.float32)
-    gradient = dense_gradient(table, gradients)
+    gradient = squarable(dense_gradient(table, gradients))
     change, state = transformation.update(gradient, state, rows)
     return _moved(rows, change, learning_rate).astype(table.dtype), state
 

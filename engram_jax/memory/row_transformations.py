@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from engram_jax.errors import require
+from engram_jax.memory.row_sparse import require_decay, require_eps
 
 
 class ScaleByRowwiseAdagradState(NamedTuple):
@@ -51,7 +52,7 @@ def scale_by_rowwise_adagrad(
   """
   valid = "a finite number >= 0"
   require(0 <= initial < math.inf, "initial", initial, valid)
-  require(0 < eps < math.inf, "eps", eps, "a finite number above 0")
+  require_eps(eps)
 
   def init(table):
     full = jnp.full(table.shape[0], initial, jnp.float32)
@@ -95,7 +96,13 @@ def scale_by_adam_per_row(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
+
+  Raises:
+    InputError: a constant out of its range.
   """
+  require_decay("b1", b1)
+  require_decay("b2", b2)
+  require_eps(eps)
 
   def init(table):
     # Two buffers: one array in both places could not be donated.

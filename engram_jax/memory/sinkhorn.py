@@ -36,10 +36,13 @@ from engram_jax.memory.row_sparse import (
   RowGradients,
   RowOptimizer,
   dense_gradient,
-  move_rows,
   gather_rows,
+  move_rows,
+  require_decay,
+  require_eps,
   scatter_rows,
 )
+from engram_jax.norms import power_of_two
 
 
 class SinkhornState(NamedTuple):
@@ -61,6 +64,8 @@ def balance(
   axes: Sequence[str] = (),
 ) -> Float[Array, "U d"]:
   """Scales rows and columns in turn: rows of norm 1, columns nearly equal.
+
+  The result does not depend on the size of `update`, however large or small.
 
   Args:
     update: float32 [U, d]; rows of zeros count for nothing and stay zeros.
@@ -86,6 +91,9 @@ def balance(
     squares = total(jnp.sum(jnp.square(x), axis=0))
     return scale_rows(x / (jnp.sqrt(squares) + eps))
 
+  largest = jnp.max(jnp.abs(update))
+  largest = jax.lax.pmax(largest, tuple(axes)) if axes else largest
+  update = update * power_of_two(largest, small=True)
   length = norms(update)
   count = total(jnp.sum(length > 0))
   mean = total(jnp.sum(length)) / jnp.maximum(count, 1)
@@ -182,13 +190,13 @@ def _init(table: Float[Array, "R d"]) -> SinkhornState:
 
 def _make_step(momentum, iterations, threshold, scale, eps):
   """What both forms do with moments and gradients [U, d]; checks constants."""
-  require(0 <= momentum < 1, "momentum", momentum, "0 <= momentum < 1")
+  require_decay("momentum", momentum)
   odd = isinstance(iterations, int) and iterations > 0 and iterations % 2 == 1
   valid = "an odd integer >= 1: rows come first and last"
   require(odd, "iterations", iterations, valid)
   require(0 <= threshold < 1, "threshold", threshold, "0 <= threshold < 1")
-  for name, value in (("scale", scale), ("eps", eps)):
-    require(0 < value < math.inf, name, value, "a finite number above 0")
+  require(0 < scale < math.inf, "scale", scale, "a finite number above 0")
+  require_eps(eps)
 
   def step(moments, values, learning_rate, axes):
     """The next moments, and what is to be taken from the rows."""

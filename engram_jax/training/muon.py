@@ -37,6 +37,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from engram_jax import sharding
 from engram_jax.errors import require
+from engram_jax.norms import power_of_two
 
 #: RMS of AdamW's updates, as the paper found it.
 ADAM_RMS = 0.2
@@ -174,7 +175,12 @@ def orthogonalized(
 def newton_schulz(
   matrices: Float[Array, "count rows cols"],
 ) -> Float[Array, "count rows cols"]:
-  """f^5 of each matrix over its norm; a matrix of zeros stays one."""
+  """f^5 of each matrix over its norm; a matrix of zeros stays one.
+
+  No finite matrix is too large for its norm.
+  """
+  largest = jnp.max(jnp.abs(matrices), axis=(1, 2), keepdims=True)
+  matrices = matrices * power_of_two(largest)
   # Without momentum it carries nothing from one step to the next. A row of
   # coefficients per step makes it a loop, which compiles in half the time.
   transform = scale_by_muon(

@@ -9,7 +9,13 @@ import jax
 import optax
 from flax import nnx
 
-from engram_jax.memory.row_sparse import RowOptimizer, dense, row_sparse
+from engram_jax.memory.row_sparse import (
+  RowOptimizer,
+  dense,
+  require_decay,
+  require_eps,
+  row_sparse,
+)
 from engram_jax.memory.row_transformations import (
   scale_by_adam_per_row,
   scale_by_rowwise_adagrad,
@@ -93,5 +99,9 @@ def table_optimizer(config: TrainConfig) -> RowOptimizer:
   constants = dict(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps)
   if name == "lazy_adam_row_steps":
     return row_sparse(scale_by_adam_per_row(**constants))
+  # Beyond what the config refuses: what float32 cannot tell from 0 or 1.
+  require_decay("train.adam_b1", config.adam_b1)
+  require_decay("train.adam_b2", config.adam_b2)
+  require_eps(config.adam_eps)
   adam = optax.scale_by_adam(**constants)
   return dense(adam) if name == "dense_adam" else row_sparse(adam)

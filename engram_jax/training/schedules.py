@@ -1,5 +1,7 @@
 """Learning-rate schedules: linear warm-up, constant, steps down (paper §4)."""
 
+import math
+
 import optax
 
 from engram_jax.run_config import TrainConfig
@@ -27,4 +29,7 @@ def warmup_step_decay(config: TrainConfig) -> optax.Schedule:
     return decay
   ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   # `decay` counts from the run's start, so the two are multiplied.
-  return lambda step: ramp(step) * decay(step) / peak
+  # A power of two near the peak, which changes no digit: the square of a peak
+  # of 1e20, or of 1e-20, is no number of float32.
+  unit = 2.0 ** math.floor(math.log2(peak))
+  return lambda step: ramp(step) * (decay(step) / unit) / (peak / unit)

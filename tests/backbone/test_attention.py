@@ -20,6 +20,7 @@ from engram_jax.backbone.attention import (
   plain_attention,
   write_cache,
 )
+from engram_jax.backbone.blockwise_attention import blockwise_attention
 from engram_jax.config import AttentionConfig
 from engram_jax.errors import InputError
 
@@ -344,3 +345,29 @@ def test_bad_arguments_are_refused():
     layer.init_cache(1, 4, "int8")
   with pytest.raises(InputError, match="dtype: float64"):
     make(dtype="float64")
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e18])
+@pytest.mark.parametrize("width", [4, 6])
+def test_rows_that_see_no_key_and_scores_of_any_size_are_finite(size, width):
+  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  query, key = size * draw(0, 1, 3, 2, 4), size * draw(1, 1, 3, 2, 4)
+  value = draw(2, 1, 3, 2, width)
+  # The first query sees no key.
+  mask = jnp.tril(jnp.ones((1, 3, 3), bool), -1)
+  last_key = jnp.arange(3)[None] - 1
+
+  def dense(*operands):
+    return core_attention(*operands, mask, scale=0.5)
+
+  def blocks(*operands):
+    return blockwise_attention(*operands, last_key, scale=0.5, block_size=2)
+
+  for form in (dense, blocks):
+    loss = lambda *operands, form=form: jnp.sum(jnp.sin(form(*operands)[:, 1:]))
+    slopes = jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+    for array in (form(query, key, value), *slopes):
+      assert jnp.isfinite(array).all()
+  np.testing.assert_allclose(
+    dense(query, key, value)[:, 1:], blocks(query, key, value)[:, 1:], rtol=1e-4
+  )

@@ -265,3 +265,46 @@ def test_refuses_other_bad_input():
     sinkhorn(residual, iterations=0)
   with pytest.raises(InputError, match=r"^streams: 1; valid: >= 2"):
     module(g=1)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_mixing_of_streams_of_any_size(size):
+  streams = size * jax.random.normal(jax.random.key(0), (1, 2, 2, 4))
+  kernel = 0.1 * jax.random.normal(jax.random.key(1), (8, 8))
+
+  def loss(streams, kernel):
+    found = mixing(
+      streams,
+      kernel,
+      jnp.full(3, 0.5),
+      jnp.zeros(8),
+      eps=1e-6,
+      iterations=5,
+    )
+    return sum(jnp.sum(part**2) for part in found), found
+
+  find = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+  slopes, found = find(streams, kernel)
+  for array in (*slopes, *found):
+    assert jnp.isfinite(array).all()
+  if size == 1e30:
+    # The norm takes the size out.
+    _, ordinary = find(streams / 1e30, kernel)
+    for array, other in zip(found, ordinary):
+      np.testing.assert_allclose(array, other, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.0, 100.0, 1e30, 3e38])
+def test_sinkhorn_of_logits_of_any_size(size):
+  patterns = np.array(
+    [[[1, 1], [-1, -1]], [[1, -1], [-1, 1]], [[0, 1], [1, 1]]]
+  )
+  logits = jnp.asarray(np.moveaxis(patterns, 0, -1) * size, jnp.float32)
+
+  def loss(logits):
+    matrix = sinkhorn(logits, iterations=20)
+    return jnp.sum(matrix**3), matrix
+
+  slope, matrix = jax.grad(loss, has_aux=True)(logits)
+  np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-5)
+  assert jnp.isfinite(slope).all()

@@ -180,3 +180,13 @@ def test_prefill_and_steps_equal_the_sequence(block_size):
     outputs.append(y)
   for y in (whole, jnp.concatenate(outputs, axis=1)):
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize("theta", [1.0001, 1e4, 1e30])
+def test_frequencies_and_factor_are_finite_at_the_ends(scale, theta):
+  config = YarnConfig(scale=scale)
+  frequencies = yarn_frequencies(8, theta, config)
+  assert jnp.isfinite(frequencies).all()
+  assert ((frequencies >= 0) & (frequencies <= 1)).all()
+  assert np.isfinite(yarn_softmax_factor(config))

@@ -46,3 +46,33 @@ def test_signed_root_is_odd_and_has_a_finite_slope():
   np.testing.assert_allclose(roots, [-2, -1e-3, 0, 1e-3, 2], rtol=1e-6)
   slope = jax.grad(lambda s: signed_square_root(s).sum())(scores)
   assert jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("score", [0.0, 1e-38, 1e-6, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("signed_sqrt", [True, False])
+def test_gates_and_their_slope_are_finite_for_every_score(
+  score, sign, signed_sqrt
+):
+  gate = lambda s: jnp.sum(gate_values(s, signed_sqrt=signed_sqrt))
+  scores = jnp.full((1, 1, 1), sign * score)
+  value, slope = jax.value_and_grad(gate)(scores)
+  assert 0 <= value <= 1 and jnp.isfinite(slope)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_scores_of_hidden_states_and_keys_of_any_size(size, dtype):
+  hidden = jnp.asarray(size * np.array([[[[1.0, -2, 3, 4]]]]), dtype)
+  ones = jnp.ones((1, 4))
+
+  def score(hidden, keys):
+    found = gate_scores(hidden, keys, ones, ones, query_eps=1e-6, key_eps=1e-6)
+    return jnp.sum(gate_values(found)), found
+
+  slopes, found = jax.grad(score, argnums=(0, 1), has_aux=True)(hidden, hidden)
+  # Agreement of a vector with itself: sqrt(D), or 0 where nothing is.
+  expected = 2.0 if size == 1e30 else 0.0
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  for slope in slopes:
+    assert jnp.isfinite(slope).all()

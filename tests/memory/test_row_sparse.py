@@ -436,3 +436,57 @@ def test_row_sparse_may_be_made_under_a_trace():
 
   found = jax.jit(step)(table(), gradients([1, 2]))
   chex.assert_trees_all_close(found, step(table(), gradients([1, 2])))
+
+
+OPTIMIZERS = {
+  "lazy": adam(),
+  "row steps": adam("row"),
+  "dense": dense_adam(),
+  "adagrad": adagrad(),
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e17, 1e30, 3e38])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_of_any_size_moves_a_row_and_leaves_it_movable(name, size):
+  optimizer = OPTIMIZERS[name]
+  table = jnp.ones((3, 2))
+  update, state = jax.jit(optimizer.update), optimizer.init(table)
+  huge = RowGradients(jnp.array([1, 3]), jnp.full((2, 2), size).at[1].set(0))
+  for _ in range(3):
+    before = table
+    table, state = update(table, state, huge, 0.1)
+    if size > 1:
+      # About the learning rate, and never nothing.
+      change = np.abs(table - before)[1]
+      assert ((change > 0.03) & (change < 0.2)).all()
+  for leaf in jax.tree.leaves((table, state)):
+    assert np.isfinite(leaf).all()
+  np.testing.assert_array_equal(table[jnp.array([0, 2])], 1)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_no_number_stays_visible(name, value):
+  optimizer = OPTIMIZERS[name]
+  table = jnp.ones((3, 2))
+  gradients = RowGradients(jnp.array([1]), jnp.full((1, 2), value))
+  found, state = optimizer.update(table, optimizer.init(table), gradients, 0.1)
+  leaves = jax.tree.leaves((found, state))
+  assert not all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+  "make, constant",
+  [
+    (scale_by_adam_per_row, {"eps": 1e-50}),
+    (scale_by_adam_per_row, {"b2": 1 - 1e-9}),
+    (scale_by_adam_per_row, {"b1": 1.0}),
+    (scale_by_rowwise_adagrad, {"eps": 0.0}),
+    (scale_by_rowwise_adagrad, {"eps": 1e-50}),
+  ],
+)
+def test_constants_that_float32_cannot_tell_from_0_or_1(make, constant):
+  (name,) = constant
+  with pytest.raises(InputError, match=f"^{name}: "):
+    make(**constant)

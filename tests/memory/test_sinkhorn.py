@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engram_jax.memory.row_optimizers import RowGradients, sum_duplicates
 
 from engram_jax.errors import InputError
-from engram_jax.memory.row_optimizers import RowGradients, sum_duplicates
 from engram_jax.memory.sinkhorn import balance, dense_sinkhorn, sinkhorn
 
 ROWS, WIDTH = 40, 6
@@ -228,3 +228,20 @@ def test_refuses_bad_constants(make, wrong):
   ((name, value),) = wrong.items()
   with pytest.raises(InputError, match=f"^{name}: {value}; valid: "):
     make(**wrong)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+@pytest.mark.parametrize("make", [sinkhorn, dense_sinkhorn])
+def test_the_size_of_the_gradients_changes_nothing(size, make):
+  optimizer = make()
+  ordinary = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+  table = jnp.zeros((5, 4))
+
+  def moved(values):
+    gradients = RowGradients(jnp.arange(3), jnp.asarray(values))
+    update = jax.jit(optimizer.update)
+    return update(table, optimizer.init(table), gradients, 0.1)
+
+  found, state = moved(np.float32(size) * ordinary)
+  np.testing.assert_allclose(found, moved(ordinary)[0], rtol=1e-4, atol=1e-6)
+  assert jnp.isfinite(state.momentum).all()

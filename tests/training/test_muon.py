@@ -19,6 +19,7 @@ from engram_jax.config import (
 )
 from engram_jax.errors import InputError
 from engram_jax.run_config import TrainConfig
+from engram_jax.training import muon
 from engram_jax.training.muon import orthogonalized
 from engram_jax.training.optimizers import (
   backbone_optimizer,
@@ -276,3 +277,14 @@ def test_rows_of_several_axes_are_one_side():
   found = whole(x, MuonDimensionNumbers((0, 1), -1))
   flat = whole(x.reshape(12, 5), MuonDimensionNumbers())
   np.testing.assert_allclose(found, flat.reshape(x.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e16, 1e25, 1e37])
+def test_newton_schulz_of_a_matrix_of_any_size(size):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
+  # One huge matrix in a stack leaves the other alone.
+  found = muon.newton_schulz(x * jnp.array([size, 1.0])[:, None, None])
+  expected = muon.newton_schulz(x)
+  if not size:
+    expected = expected.at[0].set(0)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

@@ -103,3 +103,14 @@ def test_the_rate_is_a_multiple_of_the_peak():
   np.testing.assert_allclose(
     [float(double(s)) for s in steps], 2 * np.array(once), rtol=1e-5
   )
+
+
+@pytest.mark.parametrize("peak", [1e-30, 1e-20, 3e-4, 1e20, 1e30])
+def test_a_peak_of_any_size_is_reached(peak):
+  config = TrainConfig(
+    steps=100, batch_size=1, seq_len=1, learning_rate=peak, warmup_steps=4
+  )
+  rate = warmup_step_decay(config)
+  found = [float(rate(step)) for step in (0, 3, 50, 85, 95)]
+  expected = np.array([0.25, 1, 1, 0.316, 0.1]) * peak
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
