@@ -8,9 +8,33 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from engram_jax.errors import InputError, require
+from engram_jax.errors import InputError, first_line, require
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def usable(
+  path: str | os.PathLike[str], valid: str, *, field: str = "path"
+) -> Iterator[None]:
+  """Turns what the operating system refuses into one clear line.
+
+  Args:
+    path: what the body works on.
+    valid: what would be accepted; the system's reason is added.
+    field: what the line calls it.
+
+  Raises:
+    InputError: the body raised an `OSError`: no permission, no room, no such
+      folder, a file where a folder should be.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno in _FULL:
+      valid = "a disk with room for it"
+    reason = error.strerror or first_line(error)
+    raise InputError(field, path, f"{valid} ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -28,14 +52,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       that name, or a disk that is full.
   """
   path = pathlib.Path(path)
-  require(not path.is_dir(), "path", path, "a file: this is a folder")
-  try:
+  with usable(path, "a file in a writable folder"):
+    require(not path.is_dir(), "path", path, "a file: this is a folder")
     handle, partial = tempfile.mkstemp(
       dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
     )
-  except OSError as error:
-    valid = f"a file in a writable folder ({error.strerror})"
-    raise InputError("path", path, valid) from None
   try:
     with os.fdopen(handle, "wb") as file:
       yield file
@@ -44,7 +65,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     os.chmod(partial, 0o644)  # mkstemp's 0o600 would shut out other users
     os.replace(partial, path)
   except BaseException as error:
-    os.unlink(partial)
+    with contextlib.suppress(OSError):  # not instead of what happened
+      os.unlink(partial)
     if isinstance(error, OSError) and error.errno in _FULL:
       valid = f"a file on a disk with room for it ({error.strerror})"
       raise InputError("path", path, valid) from None
@@ -64,9 +86,6 @@ def open_to_read(path: pathlib.Path, field: str) -> BinaryIO:
     InputError: no file of that name, or one that cannot be read; `field` is
       what the line calls it.
   """
-  require(path.is_file(), field, path, "an existing file")
-  try:
+  with usable(path, "a file that can be read", field=field):
+    require(path.is_file(), field, path, "an existing file")
     return open(path, "rb")
-  except OSError as error:
-    valid = f"a file that can be read ({error.strerror})"
-    raise InputError(field, path, valid) from None

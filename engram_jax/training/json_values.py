@@ -1,15 +1,64 @@
-"""Nested values as JSON keeps them, and where two of them differ first."""
+"""Nested values as JSON keeps them, and where two of them differ first.
+
+JSON has no NaN and no infinity. They are written as the strings "NaN",
+"Infinity" and "-Infinity" (as Protocol Buffers' JSON does), which `float`
+reads.
+"""
 
 import json
+import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
+
+from engram_jax.errors import require
+from engram_jax.files import open_to_read, usable
 
 _MISSING = object()
 
 
+def finite(value: Any) -> Any:
+  """`value` with a string in place of each number that JSON has not."""
+  if isinstance(value, dict):
+    return {key: finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  if not isinstance(value, float) or math.isfinite(value):
+    return value
+  return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+def to_text(value: Any) -> str:
+  """The text of a JSON file, with its last newline."""
+  return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def read_object(path: pathlib.Path, field: str) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Args:
+    path: the file.
+    field: what to blame.
+
+  Raises:
+    InputError: no such file, one that cannot be read, or other content: cut
+      short, damaged, or no JSON object.
+  """
+  valid = "an undamaged JSON file"
+  with open_to_read(path, field) as file, usable(path, valid, field=field):
+    content = file.read()
+  try:
+    value = json.loads(content)
+  except (ValueError, RecursionError) as error:
+    reason = " ".join(str(error).split())
+    require(False, field, path, f"{valid} ({reason})")
+  require(isinstance(value, dict), field, path, f"{valid} with an object in it")
+  return value
+
+
 def plain(value: Any) -> Any:
   """As it comes back from JSON: tuples as lists, keys as strings."""
-  return json.loads(json.dumps(value))
+  return json.loads(json.dumps(finite(value), allow_nan=False))
 
 
 def first_difference(

@@ -8,27 +8,33 @@ It is only ever appended to: a restarted run writes the steps since its
 checkpoint again, and `read_metrics` lets the later record of a step win. A
 process killed in the middle of a write leaves a last line without its newline,
 and nothing else; opening the file for writing cuts that line off. TensorBoard's
-files are a copy for the eye, up to some seconds behind.
+files are a copy for the eye, up to some seconds behind. No thread writes them:
+one that dies, of a full disk, would leave the training waiting for it.
 
-JSON has no NaN and no infinity. They are written as the strings "NaN",
-"Infinity" and "-Infinity" (as Protocol Buffers' JSON does), which `float`
-reads, and `read_metrics` gives them back as numbers.
+JSON has no NaN and no infinity: they are written as strings (`json_values.py`),
+and `read_metrics` gives them back as numbers.
 """
 
+import contextlib
+import errno
 import json
-import math
 import os
 import pathlib
 import re
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from engram_jax.errors import InputError, require
+from engram_jax.files import usable
+from engram_jax.training.json_values import finite
 
 KINDS = ("train", "eval", "run")
 _OWN_FIELDS = ("kind", "step")
@@ -88,14 +94,19 @@ class MetricsWriter:
       workdir: the run's folder; made if missing. TensorBoard's files go to
         `tensorboard/` in it.
       enabled: False writes nothing: for all processes of a run but one.
+
+    Raises:
+      InputError: a folder or a record that cannot be written to.
     """
     folder = pathlib.Path(workdir)
     self.path, self._enabled = folder / "metrics.jsonl", enabled
     self._tensorboard_folder = folder / "tensorboard"
-    self._tensorboard: tensorboardX.SummaryWriter | None = None
+    self._tensorboard: RecordWriter | None = None
+    self._flushed = 0.0
     if enabled:
-      folder.mkdir(parents=True, exist_ok=True)
-      _cut_torn_line(self.path)
+      with usable(self.path, "a file that can be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
 
   def write(
     self, step: int, values: Mapping[str, Any], *, kind: str = "train"
@@ -111,7 +122,8 @@ class MetricsWriter:
 
     Raises:
       InputError: an unknown kind, a negative step, a value that `scalars`
-        refuses, or one named as a field of the record.
+        refuses, or one named as a field of the record; a disk that is full,
+        and whatever else keeps the files from being written.
     """
     step = int(step)
     require(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
@@ -122,39 +134,62 @@ class MetricsWriter:
     numbers = scalars(values)
     if not self._enabled:
       return
-    record = {"kind": kind, "step": step}
-    record |= {name: _to_json(number) for name, number in numbers.items()}
-    # One write, closed at once: a reader sees whole lines but the last.
-    with open(self.path, "ab") as file:
-      file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+    record = {"kind": kind, "step": step} | finite(numbers)
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with usable(self.path, "a file that can be written"):
+      _append(self.path, line)
     if kind != "run":
       self._show(step, {f"{kind}/{name}": v for name, v in numbers.items()})
 
   def _show(self, step: int, numbers: Mapping[str, float]) -> None:
-    if self._tensorboard is None:
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(self._tensorboard_folder),
+    events = [Event(summary=scalar(name, v)) for name, v in numbers.items()]
+    with self._writing_tensorboard():
+      if self._tensorboard is None:
+        self._tensorboard_folder.mkdir(exist_ok=True)
+        # Named for whole seconds alone, a quick restart would overwrite it.
+        name = f"{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
+        path = self._tensorboard_folder / f"events.out.tfevents.{name}"
+        self._tensorboard = RecordWriter(str(path))
         # Hides what an earlier process wrote from here on: these steps are
         # being run again.
-        purge_step=step,
-        flush_secs=_FLUSH_SECONDS,
-        # The name has whole seconds; a quick restart would overwrite.
-        filename_suffix=f".{time.time_ns()}",
-      )
-    for name, number in numbers.items():
-      self._tensorboard.add_scalar(name, number, step)
+        log = SessionLog(status=SessionLog.START)
+        start = [Event(file_version="brain.Event:2"), Event(session_log=log)]
+        events = start + events
+      for event in events:
+        event.step, event.wall_time = step, time.time()
+        self._tensorboard.write(event.SerializeToString())
+      if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        self._tensorboard.flush()
+        self._flushed = time.monotonic()
+
+  @contextlib.contextmanager
+  def _writing_tensorboard(self) -> Iterator[None]:
+    """Names the folder of what fails, and lets go of the file."""
+    try:
+      with usable(self._tensorboard_folder, "a folder that can be written to"):
+        yield
+    except BaseException:
+      broken, self._tensorboard = self._tensorboard, None
+      # It would try once more to write what it holds.
+      with contextlib.suppress(OSError):
+        if broken is not None:
+          broken.close()
+      raise
 
   def close(self) -> None:
     """Writes out what TensorBoard has not got yet. A later write reopens."""
-    if self._tensorboard is not None:
-      self._tensorboard.close()
-      self._tensorboard = None
+    with self._writing_tensorboard():
+      if self._tensorboard is not None:
+        self._tensorboard.close()
+        self._tensorboard = None
 
   def __enter__(self) -> "MetricsWriter":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, *_: object) -> None:
+    # The copy for the eye must not replace what has ended the run.
+    with contextlib.suppress(*() if kind is None else (InputError,)):
+      self.close()
 
 
 def read_metrics(
@@ -175,11 +210,8 @@ def read_metrics(
       line may be torn: it then lacks its newline, and is left out.
   """
   require(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
-  try:
+  with usable(path, "a readable file"):
     lines = pathlib.Path(path).read_bytes().split(b"\n")
-  except OSError as error:
-    reason = error.strerror or type(error).__name__
-    raise InputError("path", path, f"a readable file ({reason})") from None
   records = {}
   for number, line in enumerate(lines[:-1], start=1):
     record = _parse(line)
@@ -208,15 +240,25 @@ def _parse(line: bytes) -> dict[str, Any] | None:
   return record
 
 
-def _to_json(number: float) -> float | str:
-  if math.isfinite(number):
-    return number
-  return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(number, "NaN")
+def _append(path: pathlib.Path, line: bytes) -> None:
+  """Adds a line, or nothing. One write: a reader sees whole lines."""
+  with open(path, "ab", buffering=0) as file:
+    size = file.tell()
+    try:
+      if file.write(line) < len(line):  # what room there was has been used
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      with contextlib.suppress(OSError):
+        file.truncate(size)
+      raise
 
 
 def _cut_torn_line(path: pathlib.Path) -> None:
   """Ends the file at its last newline."""
   if not path.exists():
+    return
+  require(not path.is_dir(), "path", path, "a file: this is a folder")
+  if not path.is_file():  # a device has no lines to cut
     return
   with open(path, "r+b") as file:
     end = size = file.seek(0, os.SEEK_END)
