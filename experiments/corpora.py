@@ -40,7 +40,7 @@ def read_texts(folder: str, globs: Sequence[str]) -> Iterator[str]:
   seen = set()
   for glob in globs:
     source = folder_source(
-      folder, glob=glob, validation_percent=0, exclude=ROOT / "runs"
+      folder, glob=glob, validation_percent=0, exclude=[ROOT / "runs"]
     )
     for document in source.documents():
       text = document.text or ""

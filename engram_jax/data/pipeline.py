@@ -8,7 +8,8 @@ token of x[i L + 1 .. (i + 1) L] from the one before it:
 
 so that each token of the stream, but for the last fraction of a window, is
 predicted once in an epoch. A window may start inside a document and hold parts
-of several.
+of several. What is evaluated may be shorter than a window, which is then filled
+with padding; training has no use for such a text.
 """
 
 import bisect
@@ -42,7 +43,7 @@ class PackedWindows:
   Attributes:
     seq_len: L.
     tokens: length of the stream.
-    windows: number of windows, without padding.
+    windows: number of windows with a target in them.
   """
 
   def __init__(
@@ -53,6 +54,7 @@ class PackedWindows:
     document_starts: Int[np.ndarray, "documents"],
     seq_len: int,
     multiple_of: int = 1,
+    tail: bool = False,
   ):
     """Keeps the arguments; reads nothing yet.
 
@@ -62,21 +64,25 @@ class PackedWindows:
       document_starts: int64, position of each document's first token.
       seq_len: L, predictions of one window; it reads L + 1 tokens.
       multiple_of: pads the number of windows to a multiple of this.
+      tail: fill the last fraction of a window with padding, instead of leaving
+        it out.
 
     Raises:
-      InputError: the stream is shorter than one window.
+      InputError: the stream is shorter than one window, or, with `tail`, has no
+        token to predict.
     """
     require(seq_len > 0, "seq_len", seq_len, "a number above 0")
     self._pieces, self._piece_ends = pieces, piece_ends
     self._document_starts = document_starts
     self.seq_len = seq_len
     self.tokens = int(piece_ends[-1]) if len(piece_ends) else 0
-    self.windows = max(self.tokens - 1, 0) // seq_len
+    targets = max(self.tokens - 1, 0)
+    self.windows = -(-targets // seq_len) if tail else targets // seq_len
     require(
       self.windows > 0,
       "seq_len",
       seq_len,
-      f"at most {max(self.tokens - 1, 0)}: there are {self.tokens} tokens, and "
+      f"at most {targets}: there are {self.tokens} tokens, and "
       "a window takes one more than seq_len",
     )
     self._length = -(-self.windows // multiple_of) * multiple_of
@@ -106,15 +112,14 @@ class PackedWindows:
     if index >= self.windows:
       return _padding(self.seq_len)
     start = index * self.seq_len
-    tokens = self.read(start, start + self.seq_len + 1)
-    is_start = self._is_start(start, start + self.seq_len + 1)
-    breaks = np.where(is_start[:-1], Break.DOCUMENT_START, Break.NONE)
-    return {
-      "inputs": tokens[:-1].copy(),
-      "targets": tokens[1:].copy(),
-      "breaks": breaks.astype(np.int8),
-      "loss_mask": ~is_start[1:],
-    }
+    stop = min(start + self.seq_len + 1, self.tokens)
+    tokens, is_start = self.read(start, stop), self._is_start(start, stop)
+    window, n = _padding(self.seq_len), stop - start - 1
+    window["inputs"][:n] = tokens[:-1]
+    window["targets"][:n] = tokens[1:]
+    window["breaks"][:n][is_start[:-1]] = Break.DOCUMENT_START
+    window["loss_mask"][:n] = ~is_start[1:]
+    return window
 
   def read(self, start: int, stop: int) -> Int[np.ndarray, "n"]:
     """Tokens `start` to `stop` of the stream, int32; reads those pieces."""
@@ -134,7 +139,12 @@ class PackedWindows:
 
 
 def windows(
-  prepared: PreparedData, split: str, *, seq_len: int, multiple_of: int = 1
+  prepared: PreparedData,
+  split: str,
+  *,
+  seq_len: int,
+  multiple_of: int = 1,
+  tail: bool | None = False,
 ) -> PackedWindows:
   """The windows of a split.
 
@@ -143,6 +153,8 @@ def windows(
     split: `train`, `validation`, or `all` for one after the other.
     seq_len: L.
     multiple_of: see `PackedWindows`.
+    tail: see `PackedWindows`; None for True if the split is shorter than a
+      window.
 
   Raises:
     InputError: no such split, or fewer tokens in it than one window takes.
@@ -163,6 +175,8 @@ def windows(
     ends.append(piece_ends + offset)
     starts.append(document_starts + offset)
     offset += prepared.splits[name].tokens
+  if tail is None:
+    tail = offset <= seq_len
   try:
     return PackedWindows(
       read_pieces(prepared.folder, splits=used),
@@ -170,6 +184,7 @@ def windows(
       document_starts=np.concatenate(starts),
       seq_len=seq_len,
       multiple_of=multiple_of,
+      tail=tail,
     )
   except InputError as error:
     valid = f"{error.valid}; split {split} of {prepared.folder}"
@@ -186,6 +201,7 @@ def batches(
   shuffle: bool = True,
   epochs: int | None = None,
   drop_remainder: bool = True,
+  tail: bool | None = False,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.IterDataset:
@@ -207,6 +223,7 @@ def batches(
     drop_remainder: leave the last incomplete batch out. False, for a single
       pass in the stream's order, fills it with windows of padding, on which
       there is no loss: every window counts once and all batches have one shape.
+    tail: see `windows`; with `drop_remainder` False alone.
     process_index: this host, `jax.process_index()`.
     process_count: number of hosts, `jax.process_count()`.
 
@@ -242,8 +259,12 @@ def batches(
     drop_remainder,
     "True, unless shuffle is False and epochs is 1",
   )
+  valid = "False with drop_remainder"
+  require(tail is False or not drop_remainder, "tail", tail, valid)
   multiple_of = 1 if drop_remainder else batch_size
-  source = windows(prepared, split, seq_len=seq_len, multiple_of=multiple_of)
+  source = windows(
+    prepared, split, seq_len=seq_len, multiple_of=multiple_of, tail=tail
+  )
   dataset = grain.MapDataset.source(source).seed(seed)
   if shuffle:
     dataset = dataset.shuffle()
@@ -270,6 +291,7 @@ def held_out_batches(
   seq_len: int,
   batch_size: int,
   most: int | None = None,
+  tail: bool | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -281,6 +303,9 @@ def held_out_batches(
     seq_len: L.
     batch_size: B; the last batch is filled with padding.
     most: stop after so many batches, in the stream's order; None for all.
+    tail: True for every token of the text: the last fraction of a window too,
+      filled with padding. None for that of a text shorter than a window, False
+      to refuse such a one.
     process_index: this host, `jax.process_index()`.
     process_count: number of hosts, `jax.process_count()`.
 
@@ -299,6 +324,7 @@ def held_out_batches(
     shuffle=False,
     epochs=1,
     drop_remainder=False,
+    tail=tail,
     process_index=process_index,
     process_count=process_count,
   )

@@ -7,6 +7,8 @@ Everything that belongs together lies in one folder of `data_dir`:
     index-SPLIT.npz        where pieces end and documents start in the stream
     tokenizer.json         trained on the train split, or the one that was given
     prepared.json          counts and digests
+
+What is there is only read: it may be another user's.
 """
 
 import dataclasses
@@ -15,13 +17,16 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import jax
 import tokenizers
 from absl import logging
 
-from engram_jax.data import sources
+from engram_jax.data import folders, sources
+from engram_jax.data.progress import text_progress
 from engram_jax.data.text_dataset import (
+  damaged,
   read_index,
   write_dataset,
   write_index,
@@ -35,7 +40,7 @@ from engram_jax.errors import InputError, require
 from engram_jax.run_config import DataConfig
 
 #: Of the layout above; part of the digest, so that old folders are not read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,8 @@ class PreparedData:
     splits: `train` and `validation`; either may be empty, with 0 tokens.
     skipped: names of the documents that are not valid UTF-8.
     empty: number of documents without any text, which are left out.
+    ends_held_out: whether the validation split is the end of every document,
+      as there are too few documents to hold some of them out.
   """
 
   folder: pathlib.Path
@@ -75,6 +82,7 @@ class PreparedData:
   splits: dict[str, SplitInfo]
   skipped: tuple[str, ...]
   empty: int
+  ends_held_out: bool = False
 
   @property
   def vocab_size(self) -> int:
@@ -83,7 +91,12 @@ class PreparedData:
 
 
 def prepare(
-  config: DataConfig, *, tokenizer_path: str | os.PathLike[str] | None = None
+  config: DataConfig,
+  *,
+  tokenizer_path: str | os.PathLike[str] | None = None,
+  exclude: Iterable[str | os.PathLike[str]] = (),
+  both_splits: bool = True,
+  progress: bool = False,
 ) -> PreparedData:
   """Makes tokens of the texts that `config` names, or finds them made.
 
@@ -92,16 +105,27 @@ def prepare(
   dataset), the split and the tokenizer. It is built in a temporary folder and
   renamed when complete; builders of the same data wait for each other.
 
+  What of a folder was left out, such as a run's own files, documents that are
+  no text, and how a part is held out if there are too few documents, is said in
+  a warning of a line each.
+
   Args:
     config: the texts, the split and the size of the vocabulary.
     tokenizer_path: a tokenizer to encode with, such as a trained model's own;
       None trains one of `config.vocab_size` on the train split.
+    exclude: folders that are no text, beside `data_dir` and JAX's compilation
+      cache: the run's own.
+    both_splits: hold the end of every document out if otherwise one split would
+      have no text. False leaves that split empty.
+    progress: show on standard error how far it has come.
 
   Raises:
-    InputError: a missing folder, no file or no text in it, an unavailable TFDS
-      dataset, a train split without text, or a file that is no tokenizer.
+    InputError: a missing folder, no file or no text in it, something that
+      cannot be read, an unavailable TFDS dataset, a train split without text,
+      a file that is no tokenizer, or a `data_dir` that cannot be written to.
   """
-  root = pathlib.Path(config.data_dir).expanduser().absolute()
+  root = folders.expand("data_dir", config.data_dir)
+  _require_utf8("data_dir", root)
   try:
     root.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -109,25 +133,35 @@ def prepare(
       "data_dir", root, f"a folder that can be made ({error.strerror})"
     ) from None
   tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
-  source = _source(config, root)
+  source = _source(config, root, exclude)
+  if source.left_out:
+    logging.warning("Left out of the text: %s", source.left_out)
   identity = {
     "format": FORMAT_VERSION,
     "source": source.identity,
     "validation_percent": config.validation_percent,
+    "both_splits": both_splits,
     "tokenizer": (
       ["train", config.vocab_size] if tokenizer is None else tokenizer.to_str()
     ),
   }
   digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
   folder = root / f"{source.name}-{digest}"
-  if not folder.exists():
+  if not _exists(folder):
     with sources.lock(folder):
       if not folder.exists():  # another process may have built it meanwhile
-        _build(folder, source, config, tokenizer)
-  return _load(folder)
+        _build(folder, source, config, tokenizer, both_splits, progress)
+  prepared = _load(folder)
+  trained_for = None if tokenizer is not None else config.vocab_size
+  _say(prepared, config.validation_percent, trained_for)
+  return prepared
 
 
-def _source(config: DataConfig, root: pathlib.Path) -> sources.TextSource:
+def _source(
+  config: DataConfig,
+  root: pathlib.Path,
+  exclude: Iterable[str | os.PathLike[str]],
+) -> sources.TextSource:
   if config.tfds_name:
     return sources.tfds_source(
       config.tfds_name,
@@ -135,12 +169,31 @@ def _source(config: DataConfig, root: pathlib.Path) -> sources.TextSource:
       validation_percent=config.validation_percent,
       data_dir=root,
     )
+  written = [root, *(folders.expand("exclude", path) for path in exclude)]
+  cache = jax.config.jax_compilation_cache_dir
+  if cache and "://" not in cache:
+    written.append(folders.expand("jax_compilation_cache_dir", cache))
   return sources.folder_source(
     config.folder,
     glob=config.glob,
     validation_percent=config.validation_percent,
-    exclude=root,
+    exclude=written,
   )
+
+
+def _require_utf8(field: str, path: pathlib.Path) -> None:
+  """TFDS keeps paths in JSON and hands them to C++."""
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError:
+    raise InputError(field, repr(os.fspath(path)), "a path in UTF-8") from None
+
+
+def _exists(folder: pathlib.Path) -> bool:
+  try:
+    return folder.exists()
+  except OSError as error:  # the folder around it is closed to this user
+    raise damaged(folder, error) from None
 
 
 def _build(
@@ -148,48 +201,77 @@ def _build(
   source: sources.TextSource,
   config: DataConfig,
   tokenizer: tokenizers.Tokenizer | None,
+  both_splits: bool,
+  progress: bool,
 ) -> None:
   """Makes `folder`, whole or not at all. The caller holds its lock."""
-  building = folder.with_name(f"{folder.name}.building")
-  if building.exists():  # of a builder that was killed: it held the lock
-    shutil.rmtree(building)
-  building.mkdir()
+  building = folder.with_name(f".{folder.name}.building")
   try:
-    census = _Census()
-    if tokenizer is None:
-      texts = census.watch(source.documents())
-      train = (d.text for d in texts if d.split == "train" and d.text)
-      tokenizer = train_tokenizer(train, vocab_size=config.vocab_size)
-      _require_text(census, config)
-      require(
-        census.documents["train"],
-        "validation_percent",
-        config.validation_percent,
-        "a share that leaves a document to train on; "
-        f"all {census.documents['validation']} fall to validation",
-      )
-    else:
-      for _ in census.watch(source.documents()):
-        pass
-      _require_text(census, config)
-    save_tokenizer(tokenizer, building / "tokenizer.json")
-    used = [split for split in sources.SPLITS if census.documents[split]]
-    write_dataset(building, source, tokenizer, splits=used)
-    shutil.rmtree(building / "downloads", ignore_errors=True)  # TFDS's, empty
-    record = {
-      "splits": {
-        split: dataclasses.asdict(_split_info(building, split, census))
-        for split in sources.SPLITS
-      },
-      "skipped": census.skipped,
-      "empty": census.empty,
-    }
-    (building / "prepared.json").write_text(json.dumps(record, indent=2))
+    if building.exists():  # of a builder that was killed: it held the lock
+      shutil.rmtree(building)
+    building.mkdir()
+    _build_in(building, source, config, tokenizer, both_splits, progress)
     os.rename(building, folder)
-  except BaseException:
+  except BaseException as error:
     shutil.rmtree(building, ignore_errors=True)
-    raise
-  _say(_load(folder), config)
+    if isinstance(error, InputError) or not isinstance(error, Exception):
+      raise
+    found = _os_error(error)
+    if found is None:
+      raise
+    valid = f"a folder that can be written to, with room ({found.strerror})"
+    raise InputError("data_dir", folder.parent, valid) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+  """The error of the system behind what a library raised, if there is one."""
+  while error is not None and not isinstance(error, OSError):
+    error = error.__cause__ or error.__context__
+  return error
+
+
+def _build_in(
+  building: pathlib.Path,
+  source: sources.TextSource,
+  config: DataConfig,
+  tokenizer: tokenizers.Tokenizer | None,
+  both_splits: bool,
+  progress: bool,
+) -> None:
+  """Makes what a folder of prepared data holds."""
+  ends = both_splits and sources.leaves_a_split_empty(source)
+  if ends:
+    source = sources.hold_out_ends(
+      source, validation_percent=config.validation_percent
+    )
+  size = source.total_bytes
+  census = _Census()
+  trains = tokenizer is None
+  with text_progress("Reading", total=size, enabled=progress) as advance:
+    documents = census.watch(source.documents(), advance)
+    if trains:
+      train = (d.text for d in documents if d.split == "train" and d.text)
+      tokenizer = train_tokenizer(train, vocab_size=config.vocab_size)
+    else:
+      for _ in documents:
+        pass
+  _require_text(census, config, both_splits=both_splits, trains=trains)
+  save_tokenizer(tokenizer, building / "tokenizer.json")
+  used = [split for split in sources.SPLITS if census.documents[split]]
+  size = sum(census.text_bytes.values())
+  with text_progress("Tokenizing", total=size, enabled=progress) as advance:
+    write_dataset(building, source, tokenizer, splits=used, advance=advance)
+  shutil.rmtree(building / "downloads", ignore_errors=True)  # TFDS's, empty
+  record = {
+    "splits": {
+      split: dataclasses.asdict(_split_info(building, split, census))
+      for split in sources.SPLITS
+    },
+    "skipped": census.skipped,
+    "empty": census.empty,
+    "ends_held_out": ends,
+  }
+  (building / "prepared.json").write_text(json.dumps(record, indent=2))
 
 
 class _Census:
@@ -202,7 +284,9 @@ class _Census:
     self.empty = 0
 
   def watch(
-    self, documents: Iterable[sources.Document]
+    self,
+    documents: Iterable[sources.Document],
+    advance: Callable[[int], None],
   ) -> Iterator[sources.Document]:
     for document in documents:
       if document.text is None:
@@ -210,13 +294,17 @@ class _Census:
       elif not document.text:
         self.empty += 1
       else:
+        size = len(document.text.encode())
         self.documents[document.split] += 1
-        self.text_bytes[document.split] += len(document.text.encode())
+        self.text_bytes[document.split] += size
+        advance(size)
       yield document
 
 
-def _require_text(census: _Census, config: DataConfig) -> None:
-  """Refuses an empty corpus."""
+def _require_text(
+  census: _Census, config: DataConfig, *, both_splits: bool, trains: bool
+) -> None:
+  """Refuses an empty corpus, and one of which nothing can be held out."""
   field = "tfds_name" if config.tfds_name else "folder"
   found = config.tfds_name or config.folder or "(the standard library)"
   require(
@@ -225,6 +313,19 @@ def _require_text(census: _Census, config: DataConfig) -> None:
     found,
     f"a corpus with text in it: {census.empty} documents are empty and "
     f"{len(census.skipped)} are not valid UTF-8",
+  )
+  require(
+    all(census.documents.values()) or not both_splits,
+    field,
+    found,
+    "text of which a part can be held out: it has one character",
+  )
+  require(
+    census.documents["train"] or not trains,
+    "validation_percent",
+    config.validation_percent,
+    "a share that leaves a document to train on; "
+    f"all {census.documents['validation']} fall to validation",
   )
 
 
@@ -240,21 +341,29 @@ def _split_info(folder: pathlib.Path, split: str, census: _Census) -> SplitInfo:
 
 
 def _load(folder: pathlib.Path) -> PreparedData:
-  record = json.loads((folder / "prepared.json").read_text())
   path = folder / "tokenizer.json"
-  return PreparedData(
-    folder=folder,
-    tokenizer=load_tokenizer(path),
-    tokenizer_path=path,
-    splits={
-      split: SplitInfo(**info) for split, info in record["splits"].items()
-    },
-    skipped=tuple(record["skipped"]),
-    empty=record["empty"],
-  )
+  try:
+    record = json.loads((folder / "prepared.json").read_text())
+    tokenizer = load_tokenizer(path)
+    return PreparedData(
+      folder=folder,
+      tokenizer=tokenizer,
+      tokenizer_path=path,
+      splits={
+        split: SplitInfo(**info) for split, info in record["splits"].items()
+      },
+      skipped=tuple(record["skipped"]),
+      empty=record["empty"],
+      ends_held_out=record["ends_held_out"],
+    )
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise damaged(folder, error) from None
 
 
-def _say(prepared: PreparedData, config: DataConfig) -> None:
+def _say(
+  prepared: PreparedData, validation_percent: int, vocab_size: int | None
+) -> None:
+  """What a user might not expect; at every start, also when nothing is made."""
   for split, info in prepared.splits.items():
     logging.info(
       "%s: %d documents, %d tokens", split, info.documents, info.tokens
@@ -265,9 +374,17 @@ def _say(prepared: PreparedData, config: DataConfig) -> None:
       len(prepared.skipped),
       prepared.skipped[0],
     )
-  if prepared.vocab_size < config.vocab_size:
+  if prepared.empty:
+    logging.warning("%d files are empty and were skipped", prepared.empty)
+  if prepared.ends_held_out:
+    logging.warning(
+      "too few documents to hold some of them out: of each the last "
+      "%d %% are held out",
+      validation_percent,
+    )
+  if vocab_size is not None and prepared.vocab_size < vocab_size:
     logging.warning(
       "the corpus gives a vocabulary of %d tokens, fewer than vocab_size = %d",
       prepared.vocab_size,
-      config.vocab_size,
+      vocab_size,
     )

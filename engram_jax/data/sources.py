@@ -3,7 +3,9 @@
 A source is a description (what determines its documents, for the digest of
 prepared data) and a function that reads them, each time in the same order.
 Every document lies in one of two splits, `train` and `validation`, fixed by a
-hash: of the file's relative path, or of an example's text.
+hash: of the file's relative path, or of an example's text. Where that leaves a
+split without text, as with a single file, the end of every document is held out
+instead (`hold_out_ends`).
 """
 
 import contextlib
@@ -15,9 +17,10 @@ import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from engram_jax.data import folders
 from engram_jax.errors import InputError, require
 
 SPLITS = ("train", "validation")
@@ -49,11 +52,15 @@ class TextSource:
     name: short, for the name of a folder.
     identity: JSON-able; equal identities mean equal documents.
     documents: reads them all, always in the same order.
+    total_bytes: about how many bytes they are in all, for showing progress.
+    left_out: what of the folder is no document, in one line.
   """
 
   name: str
   identity: Any
   documents: Callable[[], Iterator[Document]]
+  total_bytes: int | None = None
+  left_out: str = ""
 
 
 def split_of(key: bytes, *, validation_percent: int) -> str:
@@ -62,25 +69,76 @@ def split_of(key: bytes, *, validation_percent: int) -> str:
   return "validation" if number % 100 < validation_percent else "train"
 
 
+def leaves_a_split_empty(source: TextSource) -> bool:
+  """Whether one split has all the text; reads until both have some."""
+  seen = set()
+  for document in source.documents():
+    if document.text:
+      seen.add(document.split)
+    if len(seen) == len(SPLITS):
+      return False
+  return bool(seen)
+
+
+def hold_out_ends(source: TextSource, *, validation_percent: int) -> TextSource:
+  """The same documents, each cut in two: its end is held out.
+
+  Args:
+    source: any.
+    validation_percent: share of every document's characters held out. The cut
+      is moved to the end of a line, or else of a word, if there is one near.
+  """
+
+  def documents() -> Iterator[Document]:
+    for document in source.documents():
+      if not document.text:
+        yield document
+        continue
+      cut = _place_to_cut(document.text, validation_percent)
+      parts = (document.text[:cut], document.text[cut:])
+      for split, text in zip(SPLITS, parts):
+        if text:
+          yield Document(document.name, split, text)
+
+  return dataclasses.replace(source, documents=documents)
+
+
+def _place_to_cut(text: str, validation_percent: int) -> int:
+  """Length of the part to train on."""
+  target = max(len(text) * (100 - validation_percent) // 100, 1)
+  lowest = target - min(target - 1, (len(text) - target) // 2)
+  line = text.rfind("\n", lowest, target)
+  if line >= 0:
+    return line + 1
+  word = text.rfind(" ", lowest, target)
+  return word if word > 0 else target
+
+
 def folder_source(
-  folder: str, *, glob: str, validation_percent: int, exclude: pathlib.Path
+  folder: str,
+  *,
+  glob: str,
+  validation_percent: int,
+  exclude: Collection[pathlib.Path] = (),
 ) -> TextSource:
   """The text files of a folder and of the folders in it.
 
-  Hidden files and folders and `__pycache__` are left out; links to folders are
-  not followed. Documents come in the order of the hash of their paths, so that
-  neighbours in the packed stream are unrelated, and the first windows of a
-  split are a fair sample of it.
+  Hidden files and folders and `__pycache__` are left out, and what a program of
+  this library wrote (`folders.py`); links to folders are not followed.
+  Documents come in the order of the hash of their paths, so that neighbours in
+  the packed stream are unrelated, and the first windows of a split are a fair
+  sample of it.
 
   Args:
     folder: its path; empty for the Python standard library's own sources,
       without installed packages and tests.
     glob: pattern for the end of a path, `*.txt` or `docs/*.md`.
     validation_percent: share of the files held out.
-    exclude: a folder to leave out, where prepared data are kept.
+    exclude: folders to leave out, such as where prepared data are kept.
 
   Raises:
-    InputError: no such folder, a pattern of another kind, or no file fits it.
+    InputError: no such folder, a pattern of another kind, no file that fits
+      it, or something that cannot be read.
   """
   require(
     glob and "**" not in glob and not glob.startswith("/"),
@@ -89,36 +147,45 @@ def folder_source(
     "a pattern for the end of a path, such as *.txt or docs/*.md; folders are "
     "searched to the bottom without **",
   )
-  root = pathlib.Path(folder or sysconfig.get_paths()["stdlib"]).expanduser()
-  require(root.is_dir(), "folder", root, "an existing folder")
-  leave_out = ("__pycache__", *(() if folder else NOT_LIBRARY))
-  paths = [
-    path
-    for path in _walk(root.resolve(), leave_out, exclude.resolve())
-    if pathlib.PurePosixPath(path).match(glob)
-  ]
-  require(paths, "glob", glob, f"a pattern that fits a file under {root}")
-  paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
-  listing = []
-  for path in paths:
-    status = (root / path).stat()
-    listing.append((_printable(path), status.st_size, status.st_mtime_ns))
+  root = folders.expand("folder", folder or sysconfig.get_paths()["stdlib"])
+  try:
+    root = root.resolve(strict=True)
+    is_folder = root.is_dir()
+  except OSError as error:
+    # A path that goes through a file or a closed folder, a loop, a long name.
+    valid = f"an existing folder ({error.strerror})"
+    raise InputError("folder", root, valid) from None
+  except RuntimeError:  # before Python 3.13, a loop of links
+    raise InputError("folder", root, "an existing folder (a loop)") from None
+  require(is_folder, "folder", root, "an existing folder")
+  never = (*folders.NEVER_TEXT, *(() if folder else NOT_LIBRARY))
+  listing = folders.list_files(root, glob=glob, never=never, exclude=exclude)
+  left_out = listing.describe()
+  valid = f"a pattern that fits a file under {root}"
+  valid += f" (left out: {left_out})" if left_out else ""
+  require(listing.files, "glob", glob, valid)
+  files = sorted(
+    listing.files,
+    key=lambda file: hashlib.sha256(os.fsencode(file[0])).digest(),
+  )
 
   def documents() -> Iterator[Document]:
-    for path in paths:
+    for path, _, _ in files:
       split = split_of(os.fsencode(path), validation_percent=validation_percent)
-      try:
-        content = (root / path).read_bytes()
-      except OSError as error:
-        raise InputError(
-          "folder", root / path, f"a readable file ({error.strerror})"
-        ) from None
-      yield Document(_printable(path), split, _decode(content))
+      text = _decode(_read(root / path))
+      yield Document(folders.printable(path), split, text)
 
   return TextSource(
-    name=re.sub(r"[^\w.-]", "_", root.resolve().name) or "folder",
-    identity=["folder", _printable(os.fspath(root.resolve())), listing],
+    # No longer than a file's name may be with the digest behind it.
+    name=re.sub(r"[^\w.-]", "_", root.name)[:40] or "folder",
+    identity=[
+      "folder",
+      folders.printable(os.fspath(root)),
+      [(folders.printable(path), *rest) for path, *rest in files],
+    ],
     documents=documents,
+    total_bytes=sum(size for _, size, _ in files),
+    left_out=left_out,
   )
 
 
@@ -174,33 +241,47 @@ def tfds_source(
     name=re.sub(r"[^\w.-]", "_", builder.name),
     identity=["tfds", builder.info.full_name, text_key, counts],
     documents=documents,
+    total_bytes=sum(splits[split].num_bytes for split in used),
   )
 
 
 @contextlib.contextmanager
 def lock(path: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes from making `path`; a killed one holds no lock."""
-  with open(path.with_name(f"{path.name}.lock"), "w") as file:
+  """Keeps other processes from making `path`; a killed one holds no lock.
+
+  Raises:
+    InputError: the folder in which it is to lie cannot be written to.
+  """
+  name = path.with_name(f".{path.name}.lock")
+  try:
+    try:
+      file = open(name, "w")
+    except PermissionError:
+      file = open(name)  # another user's: it can be waited for all the same
+  except OSError as error:
+    valid = f"a folder that can be written to ({error.strerror})"
+    raise InputError("data_dir", path.parent, valid) from None
+  with file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
-def _walk(
-  root: pathlib.Path, leave_out: tuple[str, ...], exclude: pathlib.Path
-) -> Iterator[str]:
-  """Relative posix paths of the files under `root`."""
-  for base, folders, files in os.walk(root):
-    here = pathlib.Path(base)
-    folders[:] = [
-      folder
-      for folder in folders
-      if not folder.startswith(".")
-      and folder not in leave_out
-      and here / folder != exclude
-    ]
-    for file in files:
-      if not file.startswith(".") and (here / file).is_file():
-        yield (here / file).relative_to(root).as_posix()
+def _read(path: pathlib.Path) -> bytes:
+  """A file's bytes."""
+  try:
+    with open(path, "rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      # Its characters may take four times as much again.
+      memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+      valid = (
+        f"a file that fits into memory, below {memory // 4} bytes: it has "
+      )
+      valid += f"{size}; split it"
+      require(size <= memory // 4, "folder", path, valid)
+      return file.read()
+  except OSError as error:
+    valid = f"a readable file ({error.strerror})"
+    raise InputError("folder", path, valid) from None
 
 
 def _decode(content: bytes) -> str | None:
@@ -208,11 +289,6 @@ def _decode(content: bytes) -> str | None:
     return content.decode("utf-8")
   except UnicodeDecodeError:
     return None
-
-
-def _printable(path: str) -> str:
-  # A file's name need not be UTF-8; what is stored about it must be.
-  return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:

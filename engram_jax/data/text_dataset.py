@@ -10,7 +10,8 @@ without TensorFlow.
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from jaxtyping import Int
 
 from engram_jax.data import sources
 from engram_jax.data.tokenizers import END_ID, segments
+from engram_jax.errors import InputError, first_line
 
 #: A window reads every piece that it touches whole: short pieces waste less
 #: there, long ones have fewer records. 4096 int32 read in under 0.1 ms.
@@ -52,6 +54,7 @@ class TextDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     tokenizer: tokenizers.Tokenizer,
     splits: Iterable[str],
     data_dir: str | os.PathLike[str],
+    advance: Callable[[int], None] = lambda count: None,
   ):
     """Builds nothing yet; `download_and_prepare` does.
 
@@ -60,8 +63,10 @@ class TextDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       tokenizer: encodes them.
       splits: those that have documents (TFDS refuses to write empty ones).
       data_dir: folder of the dataset.
+      advance: told how many bytes of text are encoded.
     """
     self._source, self._tokenizer = source, tokenizer
+    self._advance = advance
     self._splits = tuple(splits)
     super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -88,7 +93,7 @@ class TextDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _generate_examples(self, split: str) -> Iterator[tuple[int, Any]]:
     key = 0
     documents = (d for d in self._source.documents() if d.split == split)
-    for name, tokens in _encode(self._tokenizer, documents):
+    for name, tokens in _encode(self._tokenizer, documents, self._advance):
       for start in range(0, len(tokens), PIECE_TOKENS):
         piece = tokens[start : start + PIECE_TOKENS]
         yield (
@@ -110,10 +115,15 @@ def write_dataset(
   tokenizer: tokenizers.Tokenizer,
   *,
   splits: Iterable[str],
+  advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-  """Writes the pieces of these splits into `folder`."""
+  """Writes the pieces of these splits into `folder`; see `TextDataset`."""
   builder = TextDataset(
-    source=source, tokenizer=tokenizer, splits=splits, data_dir=folder
+    source=source,
+    tokenizer=tokenizer,
+    splits=splits,
+    data_dir=folder,
+    advance=advance,
   )
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   # TFDS's bars say "examples" and "shards" of what a user knows as files; it
@@ -133,10 +143,24 @@ def read_pieces(folder: pathlib.Path, *, splits: Iterable[str]) -> Any:
   Returns:
     A random-access sequence of mappings with the features of `TextDataset`;
     threads may read it together.
+
+  Raises:
+    InputError: files that are missing, damaged or cannot be read.
   """
   version = folder / TextDataset.name / str(TextDataset.VERSION)
-  builder = tfds.builder_from_directory(version)
-  return builder.as_data_source("+".join(splits))
+  try:
+    builder = tfds.builder_from_directory(version)
+    return builder.as_data_source("+".join(splits))
+  except Exception as error:  # TFDS and ArrayRecord raise nothing narrower
+    raise damaged(folder, error) from error
+
+
+def damaged(folder: pathlib.Path, error: Exception) -> InputError:
+  """What is raised where prepared data cannot be read."""
+  reason = getattr(error, "strerror", None) or first_line(error)
+  valid = f"prepared text that is whole and can be read ({reason[:160]}); "
+  valid += "it is made again if its folder is removed"
+  return InputError("data_dir", folder, valid)
 
 
 def write_index(folder: pathlib.Path, split: str, *, empty: bool) -> str:
@@ -176,34 +200,58 @@ def read_index(
   Returns:
     `piece_ends` int64 [pieces], one past each piece's last token;
     `document_starts` int64 [documents], the first token of each document.
+
+  Raises:
+    InputError: a file that is missing, damaged or cannot be read.
   """
-  with np.load(folder / f"index-{split}.npz") as index:
-    return index["piece_ends"], index["document_starts"]
+  try:
+    with np.load(folder / f"index-{split}.npz") as index:
+      return index["piece_ends"], index["document_starts"]
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise damaged(folder, error) from None
 
 
 def _encode(
-  tokenizer: tokenizers.Tokenizer, documents: Iterable[sources.Document]
+  tokenizer: tokenizers.Tokenizer,
+  documents: Iterable[sources.Document],
+  advance: Callable[[int], None],
 ) -> Iterator[tuple[str, Int[np.ndarray, "n"]]]:
   """The name and the tokens, `END_ID` last, of every document with text."""
 
-  def flush():
-    parts = [list(segments(document.text)) for document in group]
-    encoded = iter(
-      tokenizer.encode_batch_fast(
-        [part for texts in parts for part in texts], add_special_tokens=False
-      )
-    )
-    for document, texts in zip(group, parts):
-      ids = [np.array(next(encoded).ids, np.int32) for _ in texts]
-      yield document.name, np.concatenate([*ids, np.array([END_ID], np.int32)])
+  def encode(parts: list[str]) -> Iterator[Int[np.ndarray, "n"]]:
+    for encoding in tokenizer.encode_batch_fast(
+      parts, add_special_tokens=False
+    ):
+      yield np.array(encoding.ids, np.int32)
+    advance(sum(len(part.encode()) for part in parts))
 
-  group, characters = [], 0
-  for document in documents:
-    if document.text:
-      group.append(document)
-      characters += len(document.text)
-    if characters >= ENCODE_CHARACTERS:
-      yield from flush()
-      group, characters = [], 0
+  def tokens_of(group: list[sources.Document]) -> Iterator[tuple[str, Any]]:
+    parts = [list(segments(document.text)) for document in group]
+    # Also within a document: an encoding takes far more room than its ids.
+    batches = _groups([part for texts in parts for part in texts], len)
+    ids = (x for batch in batches for x in encode(batch))
+    for document, texts in zip(group, parts):
+      found = [next(ids) for _ in texts]
+      yield (
+        document.name,
+        np.concatenate([*found, np.array([END_ID], np.int32)]),
+      )
+
+  with_text = (document for document in documents if document.text)
+  for group in _groups(with_text, lambda document: len(document.text)):
+    yield from tokens_of(group)
+
+
+def _groups(
+  items: Iterable[Any], characters: Callable[[Any], int]
+) -> Iterator[list[Any]]:
+  """Lists of items, each with about `ENCODE_CHARACTERS`."""
+  group, found = [], 0
+  for item in items:
+    group.append(item)
+    found += characters(item)
+    if found >= ENCODE_CHARACTERS:
+      yield group
+      group, found = [], 0
   if group:
-    yield from flush()
+    yield group

@@ -17,7 +17,7 @@ def folder_source(folder, glob="*.py", exclude="/nonexistent"):
     str(folder),
     glob=glob,
     validation_percent=PERCENT,
-    exclude=pathlib.Path(exclude),
+    exclude=[pathlib.Path(exclude)],
   )
 
 
