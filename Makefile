@@ -4,6 +4,7 @@
 #   make train                  train the tiny model; again: continue or finish
 #   make test                   run all tests, e.g. ARGS="-k hash" JOBS=4
 #   make lint                   ruff: rules and format
+#   make docs                   pages and API reference into build/docs
 #   make clean                  remove .venv and build products, never runs/
 #   make ... PYTHON=python3.13  with this Python instead of the first found
 
@@ -16,7 +17,7 @@ VENV ?= .venv
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-STAMPS := $(addprefix $(VENV)/.installed-,train test dev)
+STAMPS := $(addprefix $(VENV)/.installed-,train test docs dev)
 PYTHONS := $(or $(PYTHON),python3.12 python3.13 python3.11 python3)
 # A name on the path may be a version manager's shim that runs nothing, and
 # some systems ship Python without ensurepip: only running it tells.
@@ -32,7 +33,7 @@ REBUILD := 1
 endif
 endif
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(VENV)/.installed-train
 	$(VENV)/bin/python -m experiments.pretrain --config=$(CONFIG) \
@@ -45,6 +46,12 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+
+# The theme's advertisement is not about these pages.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m mkdocs build --quiet --strict
+	@echo "Open build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

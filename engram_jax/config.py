@@ -17,7 +17,12 @@ REMATS = ("none", "dots", "block")
 
 
 def require_positive(config: Any, *names: str) -> None:
-  """Refuses fields that are not finite numbers above 0."""
+  """Refuses fields that are not finite numbers above 0.
+
+  Args:
+    config: the object whose fields are checked.
+    *names: names of the fields.
+  """
   for name in names:
     value = getattr(config, name)
     valid = "a finite number above 0"
@@ -25,7 +30,13 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
-  """Refuses a field that is none of `choices`."""
+  """Refuses a field that is none of `choices`.
+
+  Args:
+    config: the object whose field is checked.
+    name: name of the field.
+    choices: values that it may have.
+  """
   value = getattr(config, name)
   require(value in choices, name, value, f"one of {', '.join(choices)}")
 
@@ -44,7 +55,7 @@ class EngramConfig:
     head_dim: d, width of one row; a token reads `heads * orders` rows.
     streams: G, residual streams.
     pad_id: raw token id that stands before a document's first token.
-    seed: of the hash multipliers.
+    seed: seed of the hash multipliers.
     table_init_std: standard deviation of new rows; see `init_table`.
     signed_sqrt: pass the gate's score through sign(s) * sqrt(|s|), as
       DeepSeek's demo and V4.1 do; False is Eq. 4 to the letter.
@@ -53,9 +64,9 @@ class EngramConfig:
     short_conv: Eq. 5's convolution (V4.1 dropped it).
     conv_kernel_size: taps of the convolution.
     conv_dilation: positions between taps; None is the largest n-gram order.
-    query_norm_eps: of the RMSNorm of the hidden state in the gate.
-    key_norm_eps: of the RMSNorm of the key in the gate.
-    conv_norm_eps: of the RMSNorm before the convolution.
+    query_norm_eps: epsilon of the gate's RMSNorm of the hidden state.
+    key_norm_eps: epsilon of the gate's RMSNorm of the key.
+    conv_norm_eps: epsilon of the RMSNorm before the convolution.
     dtype: compute dtype; parameters are float32.
   """
 
@@ -251,8 +262,8 @@ class ModelConfig:
     num_dense_layers: leading blocks without experts.
     engram: the memory; None for a plain transformer.
     streams: G, residual streams; more than 1 are mixed by hyper-connections.
-    sinkhorn_iterations: of the hyper-connections: normalisations of rows and
-      columns in turn.
+    sinkhorn_iterations: turns in which the hyper-connections normalise the
+      rows and then the columns of their mixing matrix.
     scan_blocks: compile blocks of one kind once and loop over them, instead of
       each by itself: the same function, sooner compiled. Parameters are the
       same arrays either way.
@@ -260,7 +271,7 @@ class ModelConfig:
       again: `none` keeps everything, `dots` the products with weights, `block`
       the residual streams alone.
     tie_embeddings: use the token embedding as output head.
-    norm_eps: of every RMSNorm of the backbone.
+    norm_eps: epsilon of every RMSNorm of the backbone.
     init_std: standard deviation of new weight matrices.
     dtype: compute dtype; parameters are float32.
   """

@@ -33,7 +33,7 @@ class DataConfig:
       or a prepared `data_dir`.
     tfds_text_key: its feature that holds the text.
     data_dir: where prepared data are kept.
-    vocab_size: of the byte-level BPE tokenizer trained on the train split.
+    vocab_size: size of the byte-level BPE tokenizer trained on the train split.
     validation_percent: share of the files held out, by hash of their path.
   """
 
@@ -81,10 +81,10 @@ class TrainConfig:
     decay_points: shares of `steps` at which the rate drops (the paper: 80 %
       and 90 %).
     decay_factors: the rate from each of these points on, over the peak.
-    optimizer: of the backbone: `adamw`, or `muon` for the matrices inside the
+    optimizer: the backbone's: `adamw`, or `muon` for the matrices inside the
       blocks and AdamW for all else.
-    muon_momentum: of Muon.
-    weight_decay: of matrices; never of tables, norms and biases.
+    muon_momentum: Muon's momentum, 0 to 1.
+    weight_decay: decay of matrices; tables, norms and biases never decay.
     adam_b1: AdamW, and the tables' Adam.
     adam_b2: AdamW, and the tables' Adam.
     adam_eps: AdamW, and the tables' Adam.
@@ -105,7 +105,7 @@ class TrainConfig:
     keep_last: newest checkpoints kept.
     keep_best: checkpoints of lowest evaluation loss kept besides.
     log_every: steps between records of metrics.
-    seed: of the initial weights and of the data order.
+    seed: seed of the initial weights and of the data order.
   """
 
   steps: int

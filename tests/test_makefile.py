@@ -106,6 +106,11 @@ def test_installs_what_the_target_needs(make, calls):
     "A -m ruff check .",
     "A -m ruff format --check .",
   ]
+  assert make("docs").returncode == 0
+  assert calls() == [
+    "A -m pip install --quiet --editable .[docs]",
+    "A -m mkdocs build --quiet --strict",
+  ]
 
 
 def test_the_python_asked_for_wins(make, calls):
@@ -159,3 +164,29 @@ def test_clean_keeps_the_runs(make, tmp_path):
   assert (tmp_path / "runs" / "tiny").is_dir()
   for name in (".venv", "build", "tests/__pycache__"):
     assert not (tmp_path / name).exists()
+
+
+def test_the_first_lines_name_every_target():
+  text = (ROOT / "Makefile").read_text(encoding="utf-8")
+  told = re.findall(r"^#   make (\w+) ", text, re.M)
+  targets = re.search(r"^\.PHONY: (.*)$", text.split("endif\n")[-1], re.M)
+  assert sorted(told) == sorted(targets.group(1).split())
+
+
+def test_continuous_integration_checks_style_first(tmp_path):
+  (tmp_path / ".ci").mkdir()
+  script = Path(shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci"))
+  log = tmp_path / "log"
+  fake = tmp_path / "bin" / "make"
+  fake.parent.mkdir()
+  # Fails at the target named in FAIL.
+  fake.write_text(f'#!/bin/sh\necho "$1" >> {log}\ntest "$1" != "$FAIL"\n')
+  fake.chmod(0o755)
+  path = f"{fake.parent}:{os.environ['PATH']}"
+  for fail, targets in (("", ["lint", "test"]), ("lint", ["lint"])):
+    log.unlink(missing_ok=True)
+    done = subprocess.run(
+      [script], env=os.environ | {"PATH": path, "FAIL": fail}
+    )
+    assert (done.returncode == 0) == (not fail)
+    assert log.read_text().split() == targets

@@ -37,10 +37,10 @@ class ZipfFit(NamedTuple):
   """Exponents s of count ~ rank^-s, and the ranks that they were fitted to.
 
   Attributes:
-    least_squares: of log count on log rank, each rank weighted by 1 / rank so
-      that every decade of ranks counts the same.
-    maximum_likelihood: of the accesses within the range, each a draw of a rank
-      with probability rank^-s over the sum of the range.
+    least_squares: exponent by regression of log count on log rank, each rank
+      weighted by 1 / rank so that every decade of ranks counts the same.
+    maximum_likelihood: most likely exponent of the accesses within the range,
+      each a draw of a rank with probability rank^-s over the sum of the range.
     first_rank: first rank of the fit, from 1.
     last_rank: its last.
   """
@@ -125,7 +125,7 @@ def count_collisions(
   """Distinct n-grams against distinct rows.
 
   Args:
-    ngrams: of one order, from `ngram_ids`.
+    ngrams: n-grams of one order, from `ngram_ids`.
     rows: their rows in the heads of that order.
   """
   rows = rows[np.unique(ngrams, return_index=True)[1]]
@@ -189,7 +189,7 @@ def distinct_share(ids: Int[np.ndarray, "n C"], batch: int) -> float:
   """Distinct ids over ids asked for: what is left after deduplication.
 
   Args:
-    ids: of n tokens in order; of every column its own range.
+    ids: ids of n tokens in order; each column has its own range.
     batch: consecutive tokens that are looked up together.
 
   Returns:
@@ -279,7 +279,7 @@ def lru_hit_rates(
 
   Args:
     ids: accesses in order, to a cache that is empty at first.
-    sizes: of the caches, in ids.
+    sizes: sizes of the caches, in ids.
     start: accesses before it fill the cache and are not counted.
 
   Raises:
@@ -302,7 +302,7 @@ def static_hit_rates(
     train_ids: accesses that choose the hot set; equal counts are taken in the
       order of their ids.
     test_ids: accesses that are counted.
-    sizes: of the hot sets, in ids.
+    sizes: sizes of the hot sets, in ids.
 
   Raises:
     InputError: a size below 1, or no access to choose from or to count.

@@ -73,7 +73,7 @@ def cost(
 
   Args:
     program: a `jax.stages.Compiled`, or its `as_text()`.
-    rates: of the device; None leaves out the seconds.
+    rates: peak rates of the device; None leaves out the seconds.
     unknown_turns: how often a loop turns where the text does not tell.
 
   Returns:
@@ -113,8 +113,8 @@ def top_operations(
 
   Args:
     program: a `jax.stages.Compiled`, or its `as_text()`.
-    rates: of the device.
-    count: at most so many.
+    rates: peak rates of the device.
+    count: largest number of operations to return.
     unknown_turns: as for `cost`.
 
   Returns:
@@ -182,10 +182,10 @@ class Movement(NamedTuple):
   either of an all-to-all or all-reduce.
 
   Attributes:
-    kind: of `COLLECTIVES`, or `copy`.
-    dtype: as XLA writes it, e.g. `bf16`; of the largest array.
-    shape: of the largest array.
-    bytes: of all arrays of one such operation.
+    kind: one of `COLLECTIVES`, or `copy`.
+    dtype: dtype of the largest array as XLA writes it, e.g. `bf16`.
+    shape: shape of the largest array.
+    bytes: size of all arrays of one such operation.
     count: operations of this kind with these arrays in the program's text.
     times: executions of all of them in one run of the program; see `hlo`.
     arrays: (dtype, shape) of all arrays. XLA joins small reductions, and may

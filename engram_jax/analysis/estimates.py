@@ -71,9 +71,9 @@ class Operation(NamedTuple):
       where XLA does not say.
     opcode: e.g. `fusion`.
     times: executions in one run of the program.
-    flops: of one execution.
-    bytes: read and written by one execution.
-    cycles: of one execution, None where XLA does not say.
+    flops: floating-point operations of one execution.
+    bytes: bytes read and written by one execution.
+    cycles: cycles of one execution, None where XLA does not say.
   """
 
   name: str
@@ -110,7 +110,12 @@ class Work(NamedTuple):
 
 @functools.lru_cache(maxsize=2)  # several questions about one long text
 def work(text: str, unknown_turns: int = 1) -> Work:
-  """Reads what a program does from its `as_text()`; see `hlo.executions`."""
+  """Reads what a program does from its text; see `hlo.executions`.
+
+  Args:
+    text: `as_text()` of a compiled program.
+    unknown_turns: number of turns of a loop whose count the text does not tell.
+  """
   program = hlo.parse(text)
   inside = _Reader(program)
   found = hlo.executions(program, inside.own_cost, unknown_turns=unknown_turns)

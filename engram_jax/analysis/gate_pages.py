@@ -44,7 +44,7 @@ def gate_pages(
   """One page per panel, two in a row, under a title and a colour bar.
 
   Args:
-    layout: of L tokens; one or more lines.
+    layout: places of the L tokens, on one or more lines.
     panels: a name and the gates [L] of each.
     title: over the figure.
     limits: gates of the lightest and the darkest colour, ascending.

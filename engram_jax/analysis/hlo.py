@@ -29,7 +29,7 @@ class Array(NamedTuple):
 
   Attributes:
     dtype: as XLA writes it.
-    shape: of the array as one device holds it.
+    shape: shape of the array as one device holds it.
   """
 
   dtype: str
@@ -142,7 +142,12 @@ def elements(text: str) -> list[str]:
 def operand_arrays(
   instruction: Instruction, computation: Mapping[str, Instruction]
 ) -> list[tuple[Array, ...]]:
-  """The arrays of each operand of an instruction."""
+  """The arrays of each operand of an instruction.
+
+  Args:
+    instruction: the instruction whose operands are looked up.
+    computation: all instructions of its computation, by name.
+  """
   return [
     arrays(computation[name].type) if name in computation else ()
     for name in instruction.operands

@@ -21,8 +21,8 @@ class Box(NamedTuple):
 
   Attributes:
     token: its index.
-    line: of the page, from 0.
-    column: of the first character, from 0.
+    line: line of the page, from 0.
+    column: column of the first character, from 0.
     text: what stands there, one character per column.
   """
 

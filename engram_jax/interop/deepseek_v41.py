@@ -70,7 +70,7 @@ class SafetensorsStore(HostReads):
   Args:
     tables: per layer uint8 [R, d] and uint8 [R, d / 32], C order, usually
       views of a mapped file; not copied.
-    row_format: of the rows, fp8.
+    row_format: format of the rows, fp8.
   """
 
   def __init__(self, tables: Mapping[int, TableBytes], row_format: RowFormat):
@@ -85,6 +85,13 @@ class SafetensorsStore(HostReads):
     self._tables = dict(tables)
 
   def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+    """Copies packed rows of a layer, values and scales side by side.
+
+    Args:
+      layer: one of the store's layers.
+      ids: int [n], rows of its table.
+      out: uint8 [n, d + d / 32], written in place.
+    """
     values, scales = self._tables[layer]
     d = self.row_format.width
     out[:, :d] = np.take(values, ids, axis=0)
@@ -96,7 +103,7 @@ class V41Checkpoint:
   """The memory of a checkpoint, open for reading.
 
   Attributes:
-    folder: of its files.
+    folder: folder of its files.
     config: the memory's sizes; it computes in bfloat16.
     hashing: names the rows of compressed token ids.
     store: the rows, packed as fp8 rows of 264 bytes (for d = 256).
@@ -255,7 +262,12 @@ def image_breaks(
 def tensor_shapes(
   fields: V41Fields, layer: int
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Per tensor of a layer: the dtypes that it may have, and its shape."""
+  """Per tensor of a layer: the dtypes that it may have, and its shape.
+
+  Args:
+    fields: sizes that the config of the checkpoint states.
+    layer: zero-based block that reads the memory.
+  """
   d, rows = fields.engram_head_dim, fields.num_rows[layer]
   gain = ("BF16", "F32"), (fields.hc_mult, fields.hidden_size)
   matrix = (fields.hc_mult + 1) * fields.hidden_size, fields.columns * d

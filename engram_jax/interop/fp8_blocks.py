@@ -22,7 +22,12 @@ from engram_jax.memory.quantization import (
 
 
 def scale_shape(rows: int, columns: int) -> tuple[int, int]:
-  """Shape of the scales of a matrix [rows, columns]."""
+  """Shape of the scales of a matrix [rows, columns].
+
+  Args:
+    rows: number of rows of the matrix.
+    columns: number of its columns, a multiple of 32.
+  """
   return -(-rows // BLOCK), columns // BLOCK
 
 
@@ -50,6 +55,10 @@ def unpack_blocks(
   values: UInt8[np.ndarray, "O M"], scales: UInt8[np.ndarray, "_I _J"]
 ) -> Float32[np.ndarray, "O M"]:
   """Values and scales to the matrix, exactly.
+
+  Args:
+    values: [O, M], bytes of fp8 numbers (e4m3).
+    scales: one byte (e8m0) per block of 32 x 32.
 
   Raises:
     InputError: scales of another shape, or a product that is not finite.

@@ -10,6 +10,10 @@ from engram_jax.fusion.engram import Engram, EngramParams, param_shapes
 def engram_of(params: EngramParams, config: EngramConfig) -> Engram:
   """The module of `config` that holds `params`; nothing is drawn.
 
+  Args:
+    params: arrays of one Engram layer.
+    config: the memory's config; says which arrays there are.
+
   Raises:
     InputError: parameters that `config` does not have, or lacks, or of another
       shape.

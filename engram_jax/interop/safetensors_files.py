@@ -53,7 +53,7 @@ class Tensor(NamedTuple):
 
   Attributes:
     dtype: the format's name, e.g. `F8_E4M3`.
-    shape: of the tensor.
+    shape: shape of the tensor.
     begin: its first byte, counted from the end of the header.
     end: one past its last.
   """
@@ -111,7 +111,7 @@ class Shards:
   """A folder of safetensors files; one is opened when it is first asked for.
 
   Attributes:
-    folder: of the index and the files.
+    folder: folder of the index and the files.
     file_of: the name of each tensor's file, by the index.
   """
 
@@ -134,6 +134,11 @@ class Shards:
     self, name: str, dtypes: Sequence[str], shape: Sequence[int]
   ) -> SafetensorsFile:
     """The file that holds the tensor `name`, which is as it should be.
+
+    Args:
+      name: name of the tensor in the index.
+      dtypes: dtypes that it may have, in the format's names.
+      shape: shape that it must have.
 
     Raises:
       InputError: there is none, or it has another dtype or shape.

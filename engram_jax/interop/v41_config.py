@@ -63,7 +63,7 @@ class V41Fields:
   Attributes:
     hidden_size: D.
     hc_mult: G, residual streams.
-    rms_norm_eps: of the norms of query and key, too.
+    rms_norm_eps: epsilon of all norms, those of query and key included.
     engram_layer_ids: zero-based blocks.
     engram_num_embeddings: R of each of them.
     engram_max_ngram_size: N, largest order.
@@ -142,6 +142,10 @@ class V41Fields:
 def fields_of(config: EngramConfig, hashing: NgramHash) -> V41Fields:
   """The fields that describe `config` and its hash.
 
+  Args:
+    config: the memory's config.
+    hashing: the hash made from it.
+
   Raises:
     InputError: something that the layout has no field for.
   """
@@ -213,7 +217,12 @@ def read_fields(path: Path) -> V41Fields:
 
 
 def require_released(fields: V41Fields, path: Path) -> None:
-  """Refuses fields that are not the released model's, by the first."""
+  """Refuses fields that are not the released model's, by the first.
+
+  Args:
+    fields: fields to compare with DeepSeek-V4.1-Flash's.
+    path: file that they were read from; named when refused.
+  """
   for name, expected in RELEASED.items():
     found = getattr(fields, name)
     if isinstance(expected, tuple):
@@ -226,7 +235,13 @@ def require_released(fields: V41Fields, path: Path) -> None:
 def require_compression(
   compression: TokenCompression, fields: V41Fields, *, released: bool
 ) -> None:
-  """Refuses a map of tokens under which the rows were not trained."""
+  """Refuses a map of tokens under which the rows were not trained.
+
+  Args:
+    compression: map of tokens to check.
+    fields: fields of the checkpoint that the rows come from.
+    released: whether they are DeepSeek-V4.1-Flash's, whose map is known.
+  """
   size = fields.engram_compressed_vocab_size
   same = compression.size == size
   valid = f"{size}, engram_compressed_vocab_size"
@@ -244,6 +259,11 @@ def compressed_pad(
   fields: V41Fields, compression: TokenCompression | None, *, released: bool
 ) -> int:
   """The compressed id of the pad token.
+
+  Args:
+    fields: fields of the checkpoint.
+    compression: map of tokens; None takes the id that the fields state.
+    released: whether they are DeepSeek-V4.1-Flash's, whose id is known.
 
   Raises:
     InputError: neither the map of tokens nor the fields say it, or they differ.

@@ -41,6 +41,10 @@ def pack_chunks(
 ) -> Iterator[UInt8[np.ndarray, "_rows n"]]:
   """The first `rows` of a table as packed fp8 rows, `CHUNK` at a time.
 
+  Args:
+    table: [R, d], R at least `rows`.
+    rows: number of rows to pack, counted from the first.
+
   Raises:
     InputError: an entry that is not finite, or d no multiple of 32.
   """
@@ -63,8 +67,8 @@ def export_v41(
     folder: must not exist, or be empty.
     config: without convolution and biases, seed 0, one table size.
     hashing: its hash.
-    params: of each layer. The projections are rounded to fp8, one scale per
-      block of 32 x 32; the gains stay float32.
+    params: parameters of each layer. The projections are rounded to fp8, one
+      scale per block of 32 x 32; the gains stay float32.
     chunks: per layer its packed fp8 rows in order, uint8 [any number, d + d /
       32] at a time: of `pack_chunks`, or of a store.
 

@@ -42,7 +42,13 @@ def cross_entropy(
   targets: Int[Array, "*S"],
   mask: Bool[Array, "*S"],
 ) -> Float[Array, ""]:
-  """Sum of -log p(target) over the positions where `mask` is True, in nats."""
+  """Sum of -log p(target) over the positions where `mask` is True, in nats.
+
+  Args:
+    logits: [..., V], any float dtype.
+    targets: int [...], ids below V.
+    mask: bool [...], which positions count.
+  """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.sum(jnp.where(mask, losses, 0))
 
@@ -70,7 +76,7 @@ def chunked_cross_entropy(
     mask: `[B, L]`, which positions count.
     chunk: tokens of one device whose logits exist at a time. The last chunk
       is filled up, and none is larger than there are tokens.
-    dtype: that the matrix is used in.
+    dtype: dtype in which the matrix is used.
 
   Returns:
     float32, nats.
@@ -156,7 +162,7 @@ def model_loss(
     rows: as the model takes them.
     batch: `inputs`, `targets`, `breaks`, `loss_mask`, each [B, L].
     chunk: `TrainConfig.loss_chunk`; with 0 the output holds logits.
-    **options: of the model's call.
+    **options: further keyword arguments of the model's call.
   """
   out = model(
     batch["inputs"],

@@ -1,0 +1,186 @@
+"""The pages and the API reference: complete, and without a warning."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import engram_jax
+
+ROOT = Path(__file__).parents[1]
+DOCS = "needs the docs extra: pip install -e '.[docs]'"
+
+#: Functions that have no `Args:` yet, by name within their module. A new
+#: function does not belong here, and one that has its `Args:` leaves.
+ARGUMENTS_TO_DOCUMENT = frozenset(
+  """
+  Buffers.take CachedStore.read Decoder.init_state Engram.fuse HostReads.read
+  LatentAttention.init_cache NgramHash.hash NgramHash.head_ids
+  NgramHash.row_ids_numpy PackedWindows.read Prefetcher.fetch_tokens
+  Program.create SlowStore.read StoreDecoder.init_state StoreDecoder.start
+  TableDecoder.init_state TableDecoder.start Transformer.begin
+  Transformer.init_cache apply_experts balance_loss batch_row_ids begin
+  bucket_capacity causal_mask check_chunk check_sampling check_state collect
+  constants constrain conv_reach decode_step dense_adam dense_gradient
+  dispatch_bucketed dispatch_by dispatch_ragged draw_multipliers embed
+  evaluation_batches expert_load fitting generate_all ids_per_device
+  init_conv_state latent_attention_absorbed latent_attention_full look_up
+  make_memory make_packed_eval_step make_train_step mean_capacity
+  move_rows mulhi normal_param one_per_column open_folder open_to_read
+  padded_rows parameter_spec plain_attention read_index read_pieces read_rows
+  record_origin remainder require require_fit require_layers
+  require_rows require_rows_of require_tables require_width rewind sample_each
+  save_tokenizer save_tokenizer_of_run size split_of spread swiglu table_spec
+  unflatten unpack write_cache write_dataset write_rows write_whole
+  """.split()
+)
+#: The same for functions without any docstring.
+TO_DOCUMENT = frozenset(
+  "FileStore.copy_rows HostStore.copy_rows Engram.setup".split()
+)
+
+
+def modules() -> list[str]:
+  """The package's modules, found without importing them."""
+  paths = (ROOT / "engram_jax").rglob("*.py")
+  names = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+  return sorted(
+    ".".join(parts).removesuffix(".__init__")
+    for parts in names
+    if not parts[-1].startswith("_") or parts[-1] == "__init__"
+  )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+  """The pages, built as `make docs` does."""
+  for name in ("mkdocs", "mkdocstrings", "material", "mkdocs_api_autonav"):
+    pytest.importorskip(name, reason=DOCS)
+  folder = tmp_path_factory.mktemp("site")
+  command = (sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict")
+  done = subprocess.run(
+    [*command, "--site-dir", folder],
+    cwd=ROOT,
+    env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return folder
+
+
+def test_every_module_has_a_page(site):
+  for module in modules():
+    path = site.joinpath("api", *module.split("."))
+    page = path / "index.html" if path.is_dir() else path.with_suffix(".html")
+    assert f'id="{module}"' in page.read_text(encoding="utf-8")
+
+
+def test_the_flat_public_names_are_on_one_page(site):
+  page = site / "api" / "engram_jax" / "index.html"
+  text = page.read_text(encoding="utf-8")
+  missing = [n for n in engram_jax.__all__ if f"engram_jax.{n}" not in text]
+  assert not missing
+
+
+def test_pages_fetch_nothing_from_elsewhere(site):
+  loads = re.compile(r'<(?:script|link|img)[^>]*(?:src|href)="?(https?:[^">]+)')
+  found = {
+    address
+    for page in site.rglob("*.html")
+    for address in loads.findall(page.read_text(encoding="utf-8"))
+  }
+  assert not found
+
+
+def public_objects() -> Iterator:
+  """Public modules, classes, functions and methods, as Griffe reads them."""
+  griffe = pytest.importorskip("griffe", reason=DOCS)
+
+  def members(parent):
+    for member in parent.members.values():
+      if member.is_alias or member.name.startswith("_"):
+        continue
+      if member.kind.value in ("module", "class", "function"):
+        yield member
+      if member.kind.value in ("module", "class"):
+        yield from members(member)
+
+  package = griffe.load("engram_jax", search_paths=[ROOT])
+  yield package
+  yield from members(package)
+
+
+def test_every_public_name_has_a_docstring():
+  objects = list(public_objects())
+  found = [item.path for item in objects if not item.docstring]
+  assert len(objects) > len(modules())
+  assert [path for path in found if local(path) not in TO_DOCUMENT] == []
+
+
+def test_functions_document_their_arguments():
+  found = []
+  for item in public_objects():
+    if item.kind.value != "function" or not item.docstring:
+      continue
+    names = {parameter.name for parameter in item.parameters} - {"self", "cls"}
+    sections = item.docstring.parse("google", warnings=False)
+    documented = {
+      entry.name.lstrip("*")
+      for section in sections
+      if section.kind.value == "parameters"
+      for entry in section.value
+    }
+    if len(names) > 1 and names - documented:
+      found.append((item.path, sorted(names - documented)))
+  assert [f for f in found if local(f[0]) not in ARGUMENTS_TO_DOCUMENT] == []
+
+
+def local(path: str) -> str:
+  """`function` or `Class.method` of a full dotted path."""
+  *_, parent, name = path.split(".")
+  return f"{parent}.{name}" if parent[0].isupper() else name
+
+
+def written_pages() -> list[Path]:
+  pages = [ROOT / "README.md", ROOT / "BUILD_NOTES.md"]
+  return pages + sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=lambda path: path.name)
+def test_links_and_named_files_exist(page):
+  text = page.read_text(encoding="utf-8")
+  targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+  files = re.findall(r"experiments/results/[\w/]+\.\w+", text)
+  missing = [name for name in targets if not (page.parent / name).exists()]
+  missing += [name for name in files if not (ROOT / name).exists()]
+  assert not missing
+
+
+def test_build_notes_are_an_index_of_every_page():
+  text = (ROOT / "BUILD_NOTES.md").read_text(encoding="utf-8")
+  assert len(text.splitlines()) <= 150
+  pages = (ROOT / "docs").rglob("*.md")
+  names = [path.relative_to(ROOT).as_posix() for path in pages]
+  assert [name for name in names if f"({name}" not in text] == []
+
+
+def test_indented_blocks_keep_their_lines():
+  pytest.importorskip("griffe", reason=DOCS)
+  path = ROOT / "docs" / "docstring_blocks.py"
+  spec = importlib.util.spec_from_file_location("docstring_blocks", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  text = (
+    "One line.\n\n  a = b\n    + c\n\n  d = e\nAnd these:\n  - x,\n  - y.\n\n"
+    "Args:\n  a: of it.\n    More.\n"
+  )
+  assert module.fence_blocks(text) == (
+    "One line.\n\n\n```text\na = b\n  + c\n\nd = e\n```\nAnd these:\n\n"
+    "- x,\n- y.\n\nArgs:\n  a: of it.\n    More.\n"
+  )
