@@ -19,7 +19,7 @@ from engram_jax.config import ModelConfig
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_optimizers import RowOptimizer
 from engram_jax.memory.table import init_table
-from engram_jax.sharding import parameter_name
+from engram_jax.parameters import parameter_name
 
 
 @jax.tree_util.register_dataclass
