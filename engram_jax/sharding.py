@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from engram_jax.errors import require
+from engram_jax.parameters import map_parameters
 from engram_jax.run_config import ExperimentConfig, MeshConfig
 
 AXES = ("replica", "data", "expert", "tensor")
@@ -38,35 +38,35 @@ TABLE = P(AXES)
 TOKENS = P(BATCH)
 #: On every device.
 WHOLE = P()
-#: The embedding and the head, [V, D].
-VOCABULARY = P(DATA)
 #: An array [B, L, ...] of the retrieval: the devices of a tensor group, which
 #: hold the same tokens, ask for different rows.
 LOOKUPS = P(BATCH, TENSOR)
 
-#: Parameters by the end of their name; n counts blocks. Along `data` they are
-#: gathered to compute with. An axis that a size does not divide by is left out,
-#: and what no rule names is on every device. The axes are split that come
-#: first: what a TPU has in its last two would have to fall on tiles of 8 x 128.
-EXPERT_RULES: tuple[tuple[str, P], ...] = (
-  # [n, E, D, F] and [n, E, F, D].
-  (r"moe_blocks/ffn/(gate|up)$", P(None, EXPERT, DATA, TENSOR)),
-  (r"moe_blocks/ffn/down$", P(None, EXPERT, (TENSOR, DATA))),
-)
-PARAMETER_RULES: tuple[tuple[str, P], ...] = (
-  *EXPERT_RULES,
-  # SwiGLU of dense blocks and of shared experts: [n, D, F] and [n, F, D].
-  (r"(dense_blocks/ffn|shared)/(gate|up)$", P(None, DATA, TENSOR)),
-  (r"(dense_blocks/ffn|shared)/down$", P(None, (TENSOR, DATA))),
-  # Along what is a matrix's first axis: D, the latent's width, heads, G * D.
-  (r"blocks/attention/[a-z_]+$", P(None, DATA)),
-  (r"_streams/kernel$", P(None, DATA)),
-  # [M, G + 1, D].
-  (r"engrams/\d+/projection$", P(DATA)),
-  (r"(embedding/table|head)$", VOCABULARY),
-)
-#: Parameters that are used in float32 whatever the compute dtype.
-IN_FLOAT32 = r"(scale|bias|router|_streams/kernel)$"
+#: The mesh axes that an axis of a parameter is split over, by its name there
+#: (`parameters.py`): one, several, or None for an axis that no device splits.
+#: A mesh axis splits one axis of an array, the first that asks for it; an axis
+#: that a size does not divide by is left out. So it is what comes first that is
+#: split over `data`, along which parameters are gathered to compute with: what
+#: a TPU has in its last two axes would have to fall on tiles of 8 x 128.
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
+  "vocab": DATA,
+  "expert": EXPERT,
+  "mlp": (TENSOR, DATA),  # hidden width of a SwiGLU
+  "memory": DATA,  # a position's rows side by side, K * d
+  "stream_inputs": DATA,  # all streams of a token, G * D
+  "latent": DATA,
+  "heads": DATA,
+  "embed": DATA,  # D, of what multiplies a hidden state or makes one
+  "head_dim": None,
+  "rope": None,
+  "outputs": None,  # an Engram's keys and its value, G + 1
+  "streams": None,
+  "mixing": None,  # numbers per token of hyper-connections
+  "mixing_parts": None,
+  "router_scores": None,  # an entry an expert, on every device
+  "taps": None,
+  "width": None,  # of norms, biases and what else is on every device
+}
 
 
 # --- the mesh ---
@@ -201,7 +201,7 @@ def gathered(x: Array, spec: P, *, dtype: Any) -> Array:
     spec: how the parameter is split.
     dtype: the compute dtype; cast the result to it to compute.
   """
-  names = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+  names = [mesh_axes(entry) for entry in spec]
   whole = tuple(a for a in BATCH if all(a not in entry for entry in names))
   x = jax.lax.pcast(x, whole, to="varying")
   split = [i for i, entry in enumerate(names) if DATA in entry]
@@ -245,6 +245,9 @@ def state_shardings(state: Any, mesh: Mesh | None) -> Any:
   Args:
     state: arrays, or their shapes.
     mesh: None gives None: on the default device.
+
+  Raises:
+    InputError: a parameter that was made without metadata.
   """
   if mesh is None:
     return None
@@ -255,12 +258,21 @@ def state_shardings(state: Any, mesh: Mesh | None) -> Any:
     )
 
   rows = {i: table.shape[0] for i, table in state.tables.items()}
-  placed = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf, mesh)),
-    state,
-  )
+
+  def of_parameter(name, metadata, leaf):
+    del name
+    spec = parameter_spec(metadata.axes, leaf.shape, mesh)
+    return NamedSharding(mesh, spec)
+
+  whole = NamedSharding(mesh, WHOLE)
+  place = functools.partial(map_parameters, of_parameter)
   return dataclasses.replace(
-    placed,
+    state,
+    step=whole,
+    params=place(state.params),
+    balance=place(state.balance),
+    # Counts and the like are of no parameter.
+    opt_state=place(state.opt_state, others=lambda _: whole),
     tables={i: of_table(rows[i], x) for i, x in state.tables.items()},
     table_states={
       i: of_table(rows[i], x) for i, x in state.table_states.items()
@@ -277,63 +289,81 @@ def table_spec(leaf: Any, rows: int) -> P:
 
 
 def parameter_spec(
-  path: Sequence[Any], leaf: Any, mesh: Mesh | AbstractMesh
+  axes: Sequence[str], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> P:
-  """How a parameter, or the optimizer's array of its name, is split."""
-  name = parameter_name(path)
-  for pattern, spec in PARAMETER_RULES:
-    if re.search(pattern, name):
-      return fitting(spec, leaf.shape, mesh)
-  return P()
+  """How a parameter, or an optimizer's array of it, is split.
+
+  Args:
+    axes: names of its last axes, in `LOGICAL_AXES`; those before them, of a
+      stack of blocks, are not split.
+    shape: of the array, which may be what an optimizer keeps of the whole.
+    mesh: that the sizes are to be divided by.
+
+  Raises:
+    InputError: an unknown name.
+  """
+  split: list[str | tuple[str, ...] | None] = []
+  free = set(AXES)
+  for axis in axes:
+    known = axis in LOGICAL_AXES
+    require(known, "axes", axis, f"names of {', '.join(LOGICAL_AXES)}")
+    names = tuple(a for a in mesh_axes(LOGICAL_AXES[axis]) if a in free)
+    free -= set(names)
+    split.append(names[0] if len(names) == 1 else names or None)
+  while split and split[-1] is None:
+    split.pop()
+  if not split or len(shape) < len(axes):
+    return WHOLE
+  stacked = len(shape) - len(axes)
+  return fitting(P(*[None] * stacked, *split), shape, mesh)
 
 
-def parameter_name(path: Sequence[Any]) -> str:
-  """The path of a leaf as `moe_blocks/ffn/gate`."""
-  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-  return name.removesuffix("/value")  # an nnx.Variable's own field
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes of one entry of a `PartitionSpec`."""
+  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def fitting(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   """`spec` without the axes that do not divide the sizes of `shape`."""
-  if len(shape) < len(spec):
-    return P()  # a number that an optimizer keeps of the whole array
 
-  def fit(axes, length):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
+  def fit(entry, length):
+    axes = mesh_axes(entry)
     while axes and length % size(mesh, *axes):
       axes = axes[:-1]
     return axes[0] if len(axes) == 1 else axes or None
 
-  return P(*(fit(axes, length) for axes, length in zip(spec, shape)))
+  return P(*(fit(entry, length) for entry, length in zip(spec, shape)))
 
 
-def for_compute(weights: Any, name: str, *, dtype: str) -> Any:
+def for_compute(weights: Any, *, dtype: str) -> Any:
   """One block's weights where the block is computed: whole, in `dtype`.
 
-  Cast before it travels. Routed experts stay as they are: they are gathered by
-  whoever computes them (`expert_parallel`). Without a mesh nothing happens.
+  Cast before it travels. What is split over `expert` stays as it is: experts
+  are gathered by whoever computes them (`expert_parallel`). Without a mesh
+  nothing happens.
 
   Args:
     weights: the block's parameters, a slice of the stacks; or an Engram's.
-    name: of the stack, or of the Engram module.
     dtype: the compute dtype.
+
+  Raises:
+    InputError: a parameter that was made without metadata.
   """
   mesh = current_mesh()
   if mesh is None:
     return weights
-  stacked = name.endswith("blocks")
 
-  def place(path, leaf):
-    full = f"{name}/{parameter_name(path)}"
-    rules = (spec for rule, spec in PARAMETER_RULES if re.search(rule, full))
-    spec = tuple(next(rules, P()))[1 if stacked else 0 :]
-    if any(re.search(rule, full) for rule, _ in EXPERT_RULES):
-      return constrain(leaf, fitting(P(*spec), leaf.shape, mesh))
-    spec = P(*(TENSOR if TENSOR in (axis or ()) else None for axis in spec))
-    leaf = leaf if re.search(IN_FLOAT32, full) else leaf.astype(dtype)
-    return constrain(leaf, fitting(spec, leaf.shape, mesh))
+  def place(name, metadata, leaf):
+    del name
+    spec = parameter_spec(metadata.axes, leaf.shape, mesh)
+    if any(EXPERT in mesh_axes(LOGICAL_AXES[axis]) for axis in metadata.axes):
+      return constrain(leaf, spec)
+    spec = P(
+      *(TENSOR if TENSOR in mesh_axes(entry) else None for entry in spec)
+    )
+    return constrain(leaf if metadata.float32 else leaf.astype(dtype), spec)
 
-  return jax.tree_util.tree_map_with_path(place, weights)
+  return map_parameters(place, weights)
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:

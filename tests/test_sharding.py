@@ -5,17 +5,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from engram_jax import sharding
+from engram_jax.backbone.layers import VOCABULARY
 from engram_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from engram_jax.errors import InputError
+from engram_jax.parameters import param
 from engram_jax.run_config import (
   DataConfig,
   ExperimentConfig,
   MeshConfig,
   TrainConfig,
 )
+from engram_jax.training.state import TrainState, flatten
 
 EIGHT = [jax.devices()[0]] * 8
 
@@ -135,34 +140,65 @@ def test_experts_without_experts():
     )
 
 
-def test_parameters_by_name():
-  def spec(name: str, *shape: int):
-    path = [jax.tree_util.DictKey(part) for part in name.split("/")]
+def test_parameters_by_the_names_of_their_axes():
+  def spec(axes: str, *shape: int):
     mesh = abstract_mesh(4, 2, 2)
-    return sharding.parameter_spec(path, np.zeros(shape), mesh)
+    return sharding.parameter_spec(axes.split(), shape, mesh)
 
   data, expert, tensor = sharding.AXES[1:]
   P = sharding.P
-  moe, dense = "params/moe_blocks", "params/dense_blocks"
+  gate, down = "expert embed mlp", "expert mlp embed"
   expected = P(None, expert, data, tensor)
-  assert spec(f"{moe}/ffn/gate", 3, 6, 8, 4) == expected
-  expected = P(None, expert, (tensor, data))
-  name = "opt_state/0/mu/moe_blocks/ffn/down"
-  assert spec(name, 3, 6, 8, 8) == expected
-  assert spec(f"{dense}/ffn/up", 1, 16, 4) == P(None, data, tensor)
-  expected = P(None, (tensor, data))
-  assert spec(f"{moe}/ffn/shared/down", 3, 8, 16) == expected
-  assert spec(f"{moe}/attention/query", 3, 16, 2, 6) == P(None, data)
-  assert spec(f"{moe}/attention/out", 3, 4, 6, 16) == P(None, data)
-  assert spec(f"{moe}/ffn_streams/kernel", 3, 64, 24) == P(None, data)
-  assert spec("params/engrams/0/projection", 8, 5, 16) == P(data)
-  assert spec("params/embedding/table", 60, 16) == P(data)
-  for name in ("ffn/router", "attention/kv_norm/scale", "attention_norm/scale"):
-    assert spec(f"{moe}/{name}", 3, 16) == P()
+  assert spec(gate, 3, 6, 8, 4) == expected
+  assert spec(gate, 6, 8, 4) == P(*expected[1:])  # one block of the stack
+  assert spec(down, 3, 6, 8, 8) == P(None, expert, (tensor, data))
+  assert spec("embed mlp", 1, 16, 4) == P(None, data, tensor)
+  assert spec("mlp embed", 3, 8, 16) == P(None, (tensor, data))
+  # An axis of the mesh splits the first that asks for it, and no other.
+  assert spec("embed heads head_dim", 3, 16, 4, 6) == P(None, data)
+  assert spec("heads head_dim embed", 3, 4, 6, 16) == P(None, data)
+  assert spec("stream_inputs mixing", 3, 64, 24) == P(None, data)
+  assert spec("memory outputs embed", 8, 5, 16) == P(data)
+  assert spec("vocab embed", 60, 16) == P(data)
+  assert spec("width router_scores", 3, 16, 8) == spec("width", 3, 16) == P()
   # An axis that a size does not divide by is left out, the others stay.
-  expected = P(None, None, data, tensor)
-  assert spec(f"{moe}/ffn/gate", 3, 5, 8, 4) == expected
-  assert spec(f"{moe}/ffn/down", 3, 6, 6, 8) == P(None, expert, tensor)
-  assert spec("params/embedding/table", 61, 16) == P(None)
+  assert spec(gate, 3, 5, 8, 4) == P(None, None, data, tensor)
+  assert spec(down, 3, 6, 6, 8) == P(None, expert, tensor)
+  assert spec("vocab embed", 61, 16) == P(None)
   # What an optimizer keeps of an array as a whole.
-  assert spec("opt_state/0/count/embedding/table") == P()
+  assert spec("vocab embed") == P()
+
+
+def test_a_state_is_placed_by_what_its_parameters_say():
+  mesh = sharding.make_mesh(MeshConfig(), devices=EIGHT)
+  params = nnx.State({"head": param(jnp.zeros((16, 4)), axes=VOCABULARY)})
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    balance=nnx.State({}),
+    opt_state=optax.adamw(1.0).init(params),
+    tables={},
+    table_states={},
+  )
+  found = flatten(sharding.state_shardings(state, mesh))
+  split, whole = sharding.P(sharding.DATA), sharding.P()
+  assert {name: leaf.spec for name, leaf in found.items()} == {
+    "step": whole,
+    "params/head": split,
+    "opt_state/0/count": whole,
+    "opt_state/0/mu/head": split,
+    "opt_state/0/nu/head": split,
+  }
+  # A user's own parameter, among ours or in the optimizer's state alone.
+  own = nnx.State({"adapter": nnx.Param(jnp.zeros((16, 4)))})
+  bare = nnx.State({"adapter": jnp.zeros((16, 4))})
+  for changes in (
+    dict(params=own),
+    dict(params=bare),
+    dict(balance=own),
+    dict(opt_state=optax.adamw(1.0).init(own)),
+  ):
+    changed = dataclasses.replace(state, **changes)
+    message = r"^parameter (0/mu/)?adapter: .* without axes.*; valid: a Vari"
+    with pytest.raises(InputError, match=message):
+      sharding.state_shardings(changed, mesh)

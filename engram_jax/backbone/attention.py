@@ -248,16 +248,27 @@ class LatentAttention(nnx.Module):
     heads, rank = config.num_heads, config.kv_rank
     nope, rope, value = config.nope_dim, config.rope_dim, config.value_dim
 
-    def param(*shape: int) -> nnx.Param:
-      return normal_param(shape, init_std=init_std, rngs=rngs)
+    def matrix(rows: dict[str, int], columns: dict[str, int]) -> nnx.Variable:
+      return normal_param(
+        (*rows.values(), *columns.values()),
+        axes=(*rows, *columns),
+        matrix=(tuple(rows), tuple(columns)),
+        init_std=init_std,
+        rngs=rngs,
+      )
 
-    self.kv_down = param(hidden_size, rank)
+    # A matrix makes all heads, or is made from all of them.
+    def of_heads(head_dim: int) -> dict[str, int]:
+      return {"heads": heads, "head_dim": head_dim}
+
+    embed, latent = {"embed": hidden_size}, {"latent": rank}
+    self.kv_down = matrix(embed, latent)
     self.kv_norm = RMSNorm(rank, eps=norm_eps)
-    self.key_up = param(rank, heads, nope)
-    self.value_up = param(rank, heads, value)
-    self.key_rope = param(hidden_size, rope)
-    self.query = param(hidden_size, heads, nope + rope)
-    self.out = param(heads, value, hidden_size)
+    self.key_up = matrix(latent, of_heads(nope))
+    self.value_up = matrix(latent, of_heads(value))
+    self.key_rope = matrix(embed, {"rope": rope})
+    self.query = matrix(embed, of_heads(nope + rope))
+    self.out = matrix(of_heads(value), embed)
 
   def init_cache(self, batch: int, capacity: int, dtype: str) -> LatentCache:
     """An empty cache for `batch` sequences of at most `capacity` tokens."""

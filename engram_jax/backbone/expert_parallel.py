@@ -30,11 +30,11 @@ from jaxtyping import Array, Float, Float32, Int
 from engram_jax import sharding
 from engram_jax.backbone import dispatch
 from engram_jax.errors import require
-from engram_jax.sharding import BATCH, DATA, EXPERT, TENSOR, TOKENS
+from engram_jax.sharding import BATCH, EXPERT, TENSOR, TOKENS
 
-#: Of the experts' gate and up, [E, D, F], and of down, [E, F, D]: as
-#: `sharding.EXPERT_RULES` have a block's. They are gathered along `data`.
-INTO, BACK = P(EXPERT, DATA, TENSOR), P(EXPERT, (TENSOR, DATA))
+#: Axes of the experts' gate and up, [E, D, F], and of down, [E, F, D]. The
+#: arrays are gathered here, along `data`.
+INTO, BACK = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 
 
 def apply_routed(
@@ -64,7 +64,7 @@ def apply_routed(
     x: `[B, L, D]`; B divides by the mesh's batch axes.
     router: `[D, E]`, on every device.
     bias: `[E]`, on every device.
-    gate: `[E, D, F]`, split as `sharding.PARAMETER_RULES` have it. In the
+    gate: `[E, D, F]`, split as `sharding.LOGICAL_AXES` have it. In the
       parameter's dtype: the device casts its part.
     up: `[E, D, F]`.
     down: `[E, F, D]`.
@@ -98,8 +98,8 @@ def apply_routed(
     names = " * ".join(f"mesh.{axis}" for axis in axes)
     require(value % by == 0, field, value, f"a multiple of {names} = {by}")
 
-  into = sharding.fitting(INTO, gate.shape, mesh)
-  back = sharding.fitting(BACK, down.shape, mesh)
+  into = sharding.parameter_spec(INTO, gate.shape, mesh)
+  back = sharding.parameter_spec(BACK, down.shape, mesh)
   local = partial(
     dispatch.apply_routed,
     form,

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Float32
 from engram_jax.backbone.layers import normal_param
 from engram_jax.errors import require
 from engram_jax.norms import normalizable
+from engram_jax.parameters import param
 from engram_jax.types import Hidden
 
 #: Off the diagonal of the residual matrix's bias. Of a stream, e^-8 = 3e-4 goes
@@ -242,12 +243,17 @@ class HyperConnections(nnx.Module):
     require(streams >= 2, "streams", streams, ">= 2: one is a plain residual")
     self.eps, self.iterations = eps, iterations
     shape = (streams * hidden_size, streams * (streams + 2))
-    self.kernel = normal_param(shape, init_std=init_std, rngs=rngs)
-    self.scale = nnx.Param(jnp.full((3,), 0.01, jnp.float32))
+    axes = ("stream_inputs", "mixing")
+    self.kernel = normal_param(
+      shape, axes=axes, matrix=axes, float32=True, init_std=init_std, rngs=rngs
+    )
+    vector = {"decay": False, "float32": True}
+    scale = jnp.full((3,), 0.01, jnp.float32)
+    self.scale = param(scale, axes=("mixing_parts",), **vector)
     residual = OFF_DIAGONAL * (1 - jnp.eye(streams, dtype=jnp.float32))
     pre = jnp.full((streams,), -math.log(streams - 1), jnp.float32)
     bias = jnp.concatenate([pre, jnp.zeros(streams), residual.reshape(-1)])
-    self.bias = nnx.Param(bias)
+    self.bias = param(bias, axes=("mixing",), **vector)
 
   def __call__(self, streams: Hidden) -> Mixing:
     """The `Mixing` of streams [B, L, G, D]; see `mixing`."""

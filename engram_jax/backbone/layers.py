@@ -12,6 +12,8 @@ Parameters are float32; the compute dtype is a field. Axes besides those of
   F  hidden width of a SwiGLU      P  rotary width, even
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,14 +23,25 @@ from engram_jax import sharding
 from engram_jax.config import DTYPES
 from engram_jax.errors import require, require_in_range
 from engram_jax.norms import rms_norm
+from engram_jax.parameters import param
+
+#: Axes of an embedding's table and of a head, [V, D].
+VOCABULARY = ("vocab", "embed")
 
 
 def normal_param(
-  shape: tuple[int, ...], *, init_std: float, rngs: nnx.Rngs
-) -> nnx.Param:
-  """A float32 parameter drawn from a normal distribution of mean 0."""
+  shape: tuple[int, ...], *, init_std: float, rngs: nnx.Rngs, **metadata: Any
+) -> nnx.Variable:
+  """A float32 parameter drawn from a normal distribution of mean 0.
+
+  Args:
+    shape: of the array.
+    init_std: standard deviation.
+    rngs: the stream `params` is drawn from.
+    **metadata: what the parameter is, as `parameters.param` takes it.
+  """
   draw = jax.random.normal(rngs.params(), shape, jnp.float32)
-  return nnx.Param(init_std * draw)
+  return param(init_std * draw, **metadata)
 
 
 def require_dtype(dtype: str) -> None:
@@ -100,7 +113,8 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, size: int, *, eps: float):
     self.eps = eps
-    self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+    ones = jnp.ones((size,), jnp.float32)
+    self.scale = param(ones, axes=("width",), decay=False, float32=True)
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     require_width("x", x, self.scale.shape[-1])
@@ -122,9 +136,14 @@ class SwiGLU(nnx.Module):
     require_dtype(dtype)
     self.dtype = dtype
     into, back = (hidden_size, ffn_size), (ffn_size, hidden_size)
-    self.gate = normal_param(into, init_std=init_std, rngs=rngs)
-    self.up = normal_param(into, init_std=init_std, rngs=rngs)
-    self.down = normal_param(back, init_std=init_std, rngs=rngs)
+
+    def matrix(shape: tuple[int, int], *axes: str) -> nnx.Variable:
+      options = {"axes": axes, "matrix": axes, "init_std": init_std}
+      return normal_param(shape, rngs=rngs, **options)
+
+    self.gate = matrix(into, "embed", "mlp")
+    self.up = matrix(into, "embed", "mlp")
+    self.down = matrix(back, "mlp", "embed")
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """`[..., D]` to `[..., D]` in the compute dtype."""
@@ -151,7 +170,9 @@ class Embedding(nnx.Module):
     require_dtype(dtype)
     self.dtype = dtype
     shape = (vocab_size, hidden_size)
-    self.table = normal_param(shape, init_std=init_std, rngs=rngs)
+    self.table = normal_param(
+      shape, axes=VOCABULARY, init_std=init_std, rngs=rngs
+    )
 
   def __call__(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Rows of the table, in the compute dtype.
@@ -176,7 +197,7 @@ def embed(
   mesh = sharding.current_mesh()
   if mesh is None or sharding.is_explicit(mesh):
     return table[token_ids].astype(dtype)
-  spec = sharding.fitting(sharding.VOCABULARY, table.shape, mesh)
+  spec = sharding.parameter_spec(VOCABULARY, table.shape, mesh)
 
   def local(table, token_ids):
     whole = sharding.gathered(table, spec, dtype=dtype)

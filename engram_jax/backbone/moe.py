@@ -26,6 +26,7 @@ from engram_jax.backbone.layers import (
 from engram_jax.backbone.routing import balance_loss, expert_load
 from engram_jax.config import DISPATCHES, MoEConfig
 from engram_jax.errors import require
+from engram_jax.parameters import param
 
 
 class BalancingBias(nnx.Variable):
@@ -66,14 +67,26 @@ class MoE(nnx.Module):
     self.config, self.dtype = config, dtype
     experts, ffn_size = config.num_experts, config.expert_size
 
-    def param(*shape: int) -> nnx.Param:
-      return normal_param(shape, init_std=init_std, rngs=rngs)
+    def matrix(shape: tuple[int, ...], *axes: str, **more) -> nnx.Variable:
+      # Of each expert one: Muon's matrices are an array's last two axes.
+      options = {"axes": axes, "matrix": axes[-2:], "init_std": init_std}
+      return normal_param(shape, rngs=rngs, **options, **more)
 
-    self.router = param(hidden_size, experts)
-    self.bias = BalancingBias(jnp.zeros((experts,), jnp.float32))
-    self.gate = param(experts, hidden_size, ffn_size)
-    self.up = param(experts, hidden_size, ffn_size)
-    self.down = param(experts, ffn_size, hidden_size)
+    self.router = matrix(
+      (hidden_size, experts), "width", "router_scores", float32=True
+    )
+    self.bias = param(
+      jnp.zeros((experts,), jnp.float32),
+      axes=("router_scores",),
+      decay=False,
+      float32=True,
+      kind=BalancingBias,
+    )
+    into = (experts, hidden_size, ffn_size)
+    back = (experts, ffn_size, hidden_size)
+    self.gate = matrix(into, *expert_parallel.INTO)
+    self.up = matrix(into, *expert_parallel.INTO)
+    self.down = matrix(back, *expert_parallel.BACK)
     # The sum of several SwiGLUs is one SwiGLU of their joint hidden width.
     width = config.num_shared * ffn_size
     options = {"init_std": init_std, "dtype": dtype, "rngs": rngs}

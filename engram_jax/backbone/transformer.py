@@ -29,6 +29,7 @@ from engram_jax import sharding
 from engram_jax.backbone.attention import LatentAttention, LatentCache
 from engram_jax.backbone.hyper_connections import HyperConnections, read, write
 from engram_jax.backbone.layers import (
+  VOCABULARY,
   Embedding,
   RMSNorm,
   SwiGLU,
@@ -221,7 +222,9 @@ class Transformer(nnx.Module):
     )
     self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
     tied = config.tie_embeddings
-    self.head = None if tied else normal_param(shape, **weights)
+    self.head = (
+      None if tied else normal_param(shape, axes=VOCABULARY, **weights)
+    )
 
   def output_matrix(self) -> Float[Array, "V D"]:
     """The head's weights, float32: the embedding's where they are tied."""
@@ -406,7 +409,7 @@ class Transformer(nnx.Module):
     dtype = self.config.dtype
 
     def fuse(weights, streams, rows):
-      weights = sharding.for_compute(weights, f"engrams/{number}", dtype=dtype)
+      weights = sharding.for_compute(weights, dtype=dtype)
       return nnx.merge(graph, weights).fuse(streams, rows, **context)
 
     return self._rematerialized(fuse)(weights, streams, rows)
@@ -428,7 +431,7 @@ class Transformer(nnx.Module):
     dtype = self.config.dtype
 
     def block(streams, weights, cache):
-      weights = sharding.for_compute(weights, span.kind, dtype=dtype)
+      weights = sharding.for_compute(weights, dtype=dtype)
       return nnx.merge(graph, weights)(streams, cache=cache, **context)
 
     streams, moe = begun.streams, list(begun.moe)

@@ -6,13 +6,12 @@ would take longer than what they are read for. Both are done once, here.
 """
 
 import operator
-import re
 
 import jax
 from flax import nnx
 
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.sharding import IN_FLOAT32, parameter_name
+from engram_jax.parameters import map_parameters
 
 
 def for_decoding(model: Transformer) -> Transformer:
@@ -45,12 +44,11 @@ def for_decoding(model: Transformer) -> Transformer:
 
 @jax.jit(static_argnames="dtype")
 def _cast(weights, *, dtype):
-  def cast(path, leaf):
-    if re.search(IN_FLOAT32, parameter_name(path)):
-      return leaf
-    return leaf.astype(dtype)
+  def cast(name, metadata, leaf):
+    del name
+    return leaf if metadata.float32 else leaf.astype(dtype)
 
-  return jax.tree_util.tree_map_with_path(cast, weights)
+  return map_parameters(cast, weights)
 
 
 @jax.jit

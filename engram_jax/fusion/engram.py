@@ -28,6 +28,7 @@ from engram_jax.errors import require
 from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import ConvState, conv_reach, short_conv
 from engram_jax.norms import rms_norm
+from engram_jax.parameters import Metadata, param
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows
 
 
@@ -97,6 +98,22 @@ def param_init(name: str) -> nnx.Initializer:
     )
   ones = name.endswith("_scale")
   return nnx.initializers.ones if ones else nnx.initializers.zeros
+
+
+def param_metadata(name: str) -> Metadata:
+  """What the parameter `name` is; see `parameters.py`.
+
+  The keys and the value are each a matrix of the whole memory. The taps
+  multiply channel by channel, and are none.
+  """
+  if name == "projection":
+    axes = ("memory", "outputs", "embed")
+    return Metadata(axes, ("memory", "embed"), decay=True, float32=False)
+  if name == "conv_kernel":
+    axes = ("taps", "streams", "width")
+    return Metadata(axes, None, decay=True, float32=False)
+  first = "outputs" if name == "projection_bias" else "streams"
+  return Metadata((first, "width"), None, decay=False, float32=True)
 
 
 def fuse(
@@ -216,7 +233,7 @@ class Engram(nnx.Module):
     self.config = config
     for name, shape in param_shapes(config).items():
       value = param_init(name)(rngs.params(), shape, jnp.float32)
-      setattr(self, name, nnx.Param(value))
+      setattr(self, name, param(value, **param_metadata(name)._asdict()))
 
   def params(self) -> EngramParams:
     """The layer's arrays."""

@@ -4,7 +4,13 @@ from flax import nnx
 
 from engram_jax.config import EngramConfig
 from engram_jax.errors import require
-from engram_jax.fusion.engram import Engram, EngramParams, param_shapes
+from engram_jax.fusion.engram import (
+  Engram,
+  EngramParams,
+  param_metadata,
+  param_shapes,
+)
+from engram_jax.parameters import param
 
 
 def engram_of(params: EngramParams, config: EngramConfig) -> Engram:
@@ -26,5 +32,6 @@ def engram_of(params: EngramParams, config: EngramConfig) -> Engram:
     require(found == expected, name, found, valid)
   engram = nnx.eval_shape(lambda: Engram(config, rngs=nnx.Rngs(0)))
   for name in shapes:
-    setattr(engram, name, nnx.Param(getattr(params, name)))
+    metadata = param_metadata(name)._asdict()
+    setattr(engram, name, param(getattr(params, name), **metadata))
   return engram

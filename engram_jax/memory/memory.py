@@ -20,6 +20,7 @@ A step costs what it touches if tables and state are donated to it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -356,9 +357,8 @@ class Memory:
     states = {}
     for layer, table in tables.items():
       shapes = jax.eval_shape(row_optimizer.init, table)
-      specs = jax.tree.map(
-        lambda x: sharding.table_spec(x, table.shape[0]), shapes
-      )
+      split = functools.partial(sharding.table_spec, rows=table.shape[0])
+      specs = jax.tree.map(split, shapes)
       states[layer] = jax.jit(row_optimizer.init, out_shardings=specs)(table)
     return states
 

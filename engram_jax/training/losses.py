@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from engram_jax import sharding
+from engram_jax.backbone.layers import VOCABULARY
 from engram_jax.backbone.transformer import ModelOutput, Transformer
 from engram_jax.errors import require
 from engram_jax.sharding import (
@@ -33,7 +34,6 @@ from engram_jax.sharding import (
   BATCH,
   LOOKUPS,
   TENSOR,
-  VOCABULARY,
 )
 
 
@@ -71,7 +71,7 @@ def chunked_cross_entropy(
   Args:
     hidden: `[B, L, D]`, after the last norm, in the compute dtype.
     matrix: `[V, D]`, the output head, in the parameter's dtype; on a mesh
-      split as `sharding.VOCABULARY`, where that divides it.
+      split along `layers.VOCABULARY`, where that divides it.
     targets: int32 `[B, L]`, ids below V.
     mask: `[B, L]`, which positions count.
     chunk: tokens of one device whose logits exist at a time. The last chunk
@@ -97,7 +97,7 @@ def chunked_cross_entropy(
     by = sharding.size(mesh, *axes)
     names = " * ".join(f"mesh.{axis}" for axis in axes)
     require(value % by == 0, field, value, f"a multiple of {names} = {by}")
-  of_matrix = sharding.fitting(VOCABULARY, matrix.shape, mesh)
+  of_matrix = sharding.parameter_spec(VOCABULARY, matrix.shape, mesh)
 
   def of_device(hidden, matrix, targets, mask):
     # What is marked here is where the matrix's gradient is summed over devices.

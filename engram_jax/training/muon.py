@@ -10,8 +10,9 @@ For a matrix W [rows, cols] with the gradient g (arXiv 2502.16982 §2):
 
 The scale makes an update's RMS that of AdamW, so that both take one schedule.
 
-A parameter is a stack of matrices (`MATRICES`), and on a mesh a device holds a
-piece of each. Newton-Schulz takes whole matrices, but no device has to see all:
+A parameter is a stack of matrices and says which of its axes are theirs
+(`parameters.py`). On a mesh a device holds a piece of each. Newton-Schulz takes
+whole matrices, but no device has to see all:
 
   [count, rows / n, cols]  all_to_all  [count / n, rows, cols]  Newton-Schulz
   [count / n, rows, cols]  all_to_all  [count, rows / n, cols]
@@ -22,7 +23,6 @@ same pieces share the work too, and gather the result, if there is enough of it.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from engram_jax import sharding
 from engram_jax.errors import require
 from engram_jax.norms import power_of_two
+from engram_jax.parameters import Metadata, as_names, map_parameters
 
 #: RMS of AdamW's updates, as the paper found it.
 ADAM_RMS = 0.2
@@ -45,54 +46,36 @@ ADAM_RMS = 0.2
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
-_LAST_TWO = MuonDimensionNumbers(-2, -1)
-#: Parameters by name and rank: which axes are a matrix's rows, and which its
-#: columns. All others count matrices. n counts blocks; M is the memory's width.
-MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
-  # [n, D, heads, Q], [n, C, heads, N]: what all heads are made from together.
-  (r"attention/(query|key_up|value_up)/4$", MuonDimensionNumbers(1, (2, 3))),
-  # [n, heads, W, D]
-  (r"attention/out/4$", MuonDimensionNumbers((1, 2), 3)),
-  # [n, D, C], [n, D, P]
-  (r"attention/(kv_down|key_rope)/3$", _LAST_TWO),
-  # Routed experts [n, E, D, F], [n, E, F, D]: one matrix an expert.
-  (r"ffn/(gate|up|down)/4$", _LAST_TWO),
-  # Dense blocks and shared experts [n, D, F], [n, F, D].
-  (r"ffn/(shared/)?(gate|up|down)/3$", _LAST_TWO),
-  # [n, D, E]
-  (r"ffn/router/3$", _LAST_TWO),
-  # Hyper-connections [n, G * D, G * (G + 2)].
-  (r"(attention|ffn)_streams/kernel/3$", _LAST_TWO),
-  # [M, G + 1, D]: G keys and the value, each from the whole memory.
-  (r"engrams/\d+/projection/3$", MuonDimensionNumbers(0, 2)),
-)
-
-#: What is no factor of a matrix product: gains, biases, a convolution's taps.
-#: And what is read or scored by token: a gradient's rows are one token's each.
-NO_MATRICES = r"(scale|bias|conv_kernel|embedding/table|(^|/)head)/\d+$"
-
-#: From a parameter's path, its array and the mesh to how it is split.
-SpecOf = Callable[[Sequence[Any], Any, AbstractMesh], P]
+#: From the names of a parameter's axes, its shape and the mesh to how it is
+#: split.
+SpecOf = Callable[[Sequence[str], tuple[int, ...], AbstractMesh], P]
 
 
-def matrix_axes(path: Sequence[Any], leaf: Any) -> MuonDimensionNumbers | None:
-  """Rows and columns of the parameter at `path`; None if it is no matrix.
+def matrix_axes(
+  name: str, metadata: Metadata, leaf: Any
+) -> MuonDimensionNumbers | None:
+  """Rows and columns of a parameter; None if it says that it is no matrix.
 
   Args:
-    path: of a pytree's leaf.
-    leaf: an array, or its shape.
+    name: to name it by in an error.
+    metadata: what the parameter says of itself.
+    leaf: its array, or its shape; what stands before the axes that `metadata`
+      names counts matrices.
 
   Raises:
-    InputError: a parameter that no rule names: none is left to AdamW unasked.
+    InputError: an array of fewer axes than have names.
   """
-  name = f"{sharding.parameter_name(path)}/{leaf.ndim}"
-  for pattern, axes in MATRICES:
-    if re.search(pattern, name):
-      return axes
-  known = re.search(NO_MATRICES, name) is not None
-  valid = "a name/rank of training/muon.py, MATRICES or NO_MATRICES"
-  require(known, "parameter", name, valid)
-  return None
+  axes, matrix = metadata.axes, metadata.matrix
+  stacked = leaf.ndim - len(axes)
+  valid = f"at least the axes {', '.join(axes)}"
+  require(stacked >= 0, f"parameter {name}", f"{leaf.ndim} axes", valid)
+  if matrix is None:
+    return None
+  rows, columns = (
+    tuple(stacked + axes.index(axis) for axis in as_names(side))
+    for side in matrix
+  )
+  return MuonDimensionNumbers(rows, columns)
 
 
 def muon(
@@ -111,17 +94,26 @@ def muon(
     spec_of: asked under a mesh: how a parameter is split.
 
   Returns:
-    A transformation of trees of float32 arrays. Its state is the momentum: an
-    array like each parameter, of its name.
+    A transformation of trees of Variables of float32 arrays. Its state is the
+    momentum: an array like each parameter, of its name.
+
+  Raises:
+    InputError: when it meets a parameter that was made without metadata, or
+      one that is no matrix.
   """
 
-  def orthogonalize(path, x):
+  def orthogonalize(name, metadata, x):
+    axes = matrix_axes(name, metadata, x)
+    valid = "one that says which of its axes are a matrix"
+    require(axes is not None, f"parameter {name}", "no matrix", valid)
     mesh = sharding.current_mesh()
-    spec = sharding.WHOLE if mesh is None else spec_of(path, x, mesh)
-    return orthogonalized(x, matrix_axes(path, x), spec)
+    spec = sharding.WHOLE
+    if mesh is not None:
+      spec = spec_of(metadata.axes, x.shape, mesh)
+    return orthogonalized(x, axes, spec)
 
   def of_all(updates, _):
-    return jax.tree_util.tree_map_with_path(orthogonalize, updates)
+    return map_parameters(orthogonalize, updates)
 
   return optax.chain(
     optax.trace(decay=momentum, nesterov=True),

@@ -5,7 +5,6 @@ The backbone goes by optax; the tables never pass through here (they have
 are vectors that a decay would pull towards silence.
 """
 
-import jax
 import optax
 from flax import nnx
 
@@ -21,27 +20,22 @@ from engram_jax.memory.row_transformations import (
   scale_by_rowwise_adagrad,
 )
 from engram_jax.memory.sinkhorn import sinkhorn
+from engram_jax.parameters import map_parameters
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.muon import matrix_axes, muon
-
-#: Leaf names of arrays that are no matrices, whatever their rank.
-UNDECAYED = ("scale", "bias")
 
 
 def decay_mask(params: nnx.State) -> nnx.State:
   """True for each leaf that weight decay applies to, in a tree like `params`.
 
-  A leaf is left out by its name: one that ends in `scale` or `bias` is a gain
-  or a bias, also where streams or heads make its rank 2.
+  Gains and biases say that it does not, whatever their rank. `nnx.Optimizer`
+  hands bare arrays to optax: there, a mask is made beforehand, by
+  `nnx.as_pure(decay_mask(nnx.state(model, nnx.Param)))`.
+
+  Raises:
+    InputError: a parameter that was made without metadata.
   """
-
-  def decays(path, _):
-    names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-    # The last string is the Variable's own field in some Flax versions.
-    names = [name for name in names if name not in ("value", "raw_value", "")]
-    return not names[-1].endswith(UNDECAYED)
-
-  return jax.tree_util.tree_map_with_path(decays, params)
+  return map_parameters(lambda _, metadata, leaf: metadata.decay, params)
 
 
 def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -59,8 +53,8 @@ def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
   too, Muon has it, and its balancing bias is no parameter.
 
   Raises:
-    InputError: when the transformation of `muon` meets a parameter that
-      `muon.matrix_axes` has no rule for.
+    InputError: when the transformation meets a parameter that was made without
+      metadata (`parameters.param`).
   """
   adamw = optax.adamw(
     1.0,
@@ -81,12 +75,16 @@ def backbone_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def optimizer_names(params: nnx.State) -> nnx.State:
-  """`muon` or `adamw` for each leaf, in a tree like `params`."""
+  """`muon` or `adamw` for each leaf, in a tree like `params`.
 
-  def name(path, leaf):
-    return "adamw" if matrix_axes(path, leaf) is None else "muon"
+  Raises:
+    InputError: a parameter that was made without metadata.
+  """
 
-  return jax.tree_util.tree_map_with_path(name, params)
+  def optimizer_name(name, metadata, leaf):
+    return "adamw" if matrix_axes(name, metadata, leaf) is None else "muon"
+
+  return map_parameters(optimizer_name, params)
 
 
 def table_optimizer(config: TrainConfig) -> RowOptimizer:

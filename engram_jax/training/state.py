@@ -14,7 +14,7 @@ from flax import nnx
 from engram_jax.backbone.moe import BalancingBias
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
-from engram_jax.sharding import parameter_name
+from engram_jax.parameters import parameter_name
 
 
 @jax.tree_util.register_dataclass

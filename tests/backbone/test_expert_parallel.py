@@ -23,6 +23,7 @@ from engram_jax.backbone import expert_parallel, routing
 from engram_jax.backbone.moe import MoE
 from engram_jax.config import MoEConfig
 from engram_jax.errors import InputError
+from engram_jax.parameters import map_parameters
 from engram_jax.run_config import MeshConfig
 
 FLAG = "--xla_force_host_platform_device_count=8"
@@ -74,14 +75,12 @@ def mesh_of(shape):
 
 def placed(layer, x, mesh):
   """As the training state and its batches are placed."""
-  stack = {"moe_blocks": {"ffn": jax.tree.map(lambda w: w[None], layer)}}
 
-  def of_block(path, leaf):
-    spec = sharding.parameter_spec(path, leaf, mesh)
-    return NamedSharding(mesh, sharding.P(*tuple(spec)[1:]))
+  def of_parameter(_, metadata, leaf):
+    spec = sharding.parameter_spec(metadata.axes, leaf.shape, mesh)
+    return NamedSharding(mesh, spec)
 
-  shardings = jax.tree_util.tree_map_with_path(of_block, stack)
-  layer = jax.device_put(layer, shardings["moe_blocks"]["ffn"])
+  layer = jax.device_put(layer, map_parameters(of_parameter, layer))
   return layer, jax.device_put(x, sharding.batch_sharding(mesh))
 
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from engram_jax import sharding
 from engram_jax.analysis.compiled import collectives
+from engram_jax.backbone.layers import VOCABULARY
 from engram_jax.errors import InputError
 from engram_jax.run_config import MeshConfig
 from engram_jax.training.losses import chunked_cross_entropy
@@ -30,7 +31,7 @@ def draw(vocab=V, dtype="float32"):
 
 def place(mesh, arrays):
   """Tokens over the batch, the matrix as the parameter is."""
-  of_matrix = sharding.fitting(sharding.VOCABULARY, arrays[1].shape, mesh)
+  of_matrix = sharding.parameter_spec(VOCABULARY, arrays[1].shape, mesh)
   tokens = sharding.TOKENS
   return tuple(
     jax.device_put(x, NamedSharding(mesh, spec))

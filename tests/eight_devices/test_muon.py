@@ -15,42 +15,75 @@ from engram_jax.analysis.compiled import (
   collectives,
   memory_report,
 )
+from engram_jax.parameters import param
 from engram_jax.training.muon import muon
 
 BATCH = sharding.BATCH
-#: Shape and layout by name: counts that eight devices do not divide, fewer
-#: than there are, sides of several axes, and what every device has whole.
+#: Axes, matrix and layout by name: counts that eight devices do not divide,
+#: fewer than there are, sides of several axes, and what every device has whole.
 STACKS = {
-  "moe_blocks/ffn/gate": (
-    (5, 4, 16, 8),
+  "expert_gate": (
+    dict(layers=5, expert=4, embed=16, mlp=8),
+    ("embed", "mlp"),
     P(None, "expert", "data", "tensor"),
   ),
-  "moe_blocks/ffn/down": (
-    (5, 4, 8, 16),
+  "expert_down": (
+    dict(layers=5, expert=4, mlp=8, embed=16),
+    ("mlp", "embed"),
     P(None, "expert", "tensor", "data"),
   ),
-  "moe_blocks/attention/query": ((5, 16, 2, 6), P(None, BATCH)),
-  "moe_blocks/attention/out": ((9, 2, 6, 16), P(None, None, None, BATCH)),
-  "dense_blocks/ffn/gate": ((1, 16, 8), P(None, BATCH, "tensor")),
-  "engrams/0/projection": ((12, 3, 16), P(None, None, BATCH)),
-  "moe_blocks/ffn/router": ((9, 16, 4), P()),
-  "moe_blocks/ffn_streams/kernel": ((5, 16, 4), P()),
+  "query": (
+    dict(layers=5, embed=16, heads=2, head_dim=6),
+    ("embed", ("heads", "head_dim")),
+    P(None, BATCH),
+  ),
+  "out": (
+    dict(layers=9, heads=2, head_dim=6, embed=16),
+    (("heads", "head_dim"), "embed"),
+    P(None, None, None, BATCH),
+  ),
+  "gate": (
+    dict(layers=1, embed=16, mlp=8),
+    ("embed", "mlp"),
+    P(None, BATCH, "tensor"),
+  ),
+  "projection": (
+    dict(memory=12, outputs=3, embed=16),
+    ("memory", "embed"),
+    P(None, None, BATCH),
+  ),
+  "router": (dict(layers=9, embed=16, scores=4), ("embed", "scores"), P()),
+  "streams": (dict(layers=5, embed=16, mixing=4), ("embed", "mixing"), P()),
 }
 EXPERTS = {
-  "moe_blocks/ffn/gate": (
-    (30, 9, 64, 32),
+  "expert_gate": (
+    dict(layers=30, expert=9, embed=64, mlp=32),
+    ("embed", "mlp"),
     P(None, None, "data", ("expert", "tensor")),
   )
 }
 STEPS = 3
 
 
+def parameters(stacks, make):
+  """A parameter for each of `stacks`, of `make(shape, layout)`."""
+  return {
+    name: param(
+      make(tuple(sizes.values()), layout), axes=tuple(sizes), matrix=matrix
+    )
+    for name, (sizes, matrix, layout) in stacks.items()
+  }
+
+
 def optimizer_of(stacks):
-  def spec_of(path, leaf, mesh):
+  layouts = {
+    (tuple(sizes), tuple(sizes.values())): layout
+    for sizes, _, layout in stacks.values()
+  }
+
+  def spec_of(axes, shape, mesh):
     del mesh
-    shape, spec = stacks[sharding.parameter_name(path)]
-    assert leaf.shape == shape
-    return spec
+    return layouts[axes, shape]
 
   return muon(momentum=0.95, weight_decay=0.1, spec_of=spec_of)
 
@@ -75,26 +108,31 @@ def run(mesh, params, gradients):
 def whole():
   """Parameters and gradients, and what one device makes of them."""
   rng = np.random.default_rng(0)
-  drawn = [
-    {k: rng.normal(size=s).astype(np.float32) for k, (s, _) in STACKS.items()}
-    for _ in range(1 + STEPS)
-  ]
+
+  def draw(shape, _):
+    return rng.normal(size=shape).astype(np.float32)
+
+  drawn = [parameters(STACKS, draw) for _ in range(1 + STEPS)]
   return drawn, run(None, drawn[0], drawn[1:])
 
 
 def test_as_on_one_device(auto_mesh, whole):
   drawn, (params, state) = whole
   shardings = {
-    name: NamedSharding(auto_mesh, spec) for name, (_, spec) in STACKS.items()
+    name: NamedSharding(auto_mesh, layout)
+    for name, (_, _, layout) in STACKS.items()
   }
-  placed = [jax.device_put(tree, shardings) for tree in drawn]
+  placed = [
+    {name: jax.device_put(tree[name], shardings[name]) for name in STACKS}
+    for tree in drawn
+  ]
   found, moments = run(auto_mesh, placed[0], placed[1:])
   for name in STACKS:
-    assert found[name].sharding.is_equivalent_to(
+    assert found[name][...].sharding.is_equivalent_to(
       shardings[name], found[name].ndim
     ), name
     np.testing.assert_allclose(
-      found[name], params[name], atol=1e-5, err_msg=name
+      found[name][...], params[name][...], atol=1e-5, err_msg=name
     )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moments, state
@@ -103,12 +141,12 @@ def test_as_on_one_device(auto_mesh, whole):
 
 def compiled(mesh, stacks):
   """One update of donated gradients and momentum."""
-  shapes = {
-    name: jax.ShapeDtypeStruct(
-      shape, jnp.float32, sharding=NamedSharding(mesh, spec)
-    )
-    for name, (shape, spec) in stacks.items()
-  }
+  shapes = parameters(
+    stacks,
+    lambda shape, layout: jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=NamedSharding(mesh, layout)
+    ),
+  )
   optimizer = optimizer_of(stacks)
 
   def update(gradients, momentum, params):
@@ -124,9 +162,9 @@ def compiled(mesh, stacks):
 
 def test_no_device_has_more_than_its_share(auto_mesh):
   """Of a stack that is split over all: it is exchanged, never gathered."""
-  ((shape, _),) = EXPERTS.values()
+  ((sizes, _, _),) = EXPERTS.values()
   program = compiled(auto_mesh, EXPERTS)
-  share = 4 * math.prod(shape) // 8
+  share = 4 * math.prod(sizes.values()) // 8
   records = collectives(program)
   assert collective_counts(records).keys() == {"all-to-all"}
   for record in records:
@@ -137,7 +175,8 @@ def test_no_device_has_more_than_its_share(auto_mesh):
 
 @pytest.mark.parametrize("count", [16, 7])
 def test_what_all_have_is_shared_if_it_is_enough(auto_mesh, count):
-  stacks = {"moe_blocks/ffn/router": ((count, 32, 8), P())}
+  sizes = dict(layers=count, embed=32, scores=8)
+  stacks = {"router": (sizes, ("embed", "scores"), P())}
   program = compiled(auto_mesh, stacks)
   records, text = collectives(program), program.as_text()
   if count < 8:

@@ -134,7 +134,7 @@ def test_lookup_reads_a_store_alike(memory, home):
     inside = jax.jit(lambda x: memory.lookup(store, x, breaks=BREAKS))(TOKENS)
     chex.assert_trees_all_equal(inside.rows, expected.rows)
   else:
-    with pytest.raises(InputError, match="^store: HostStore inside jit; valid"):
+    with pytest.raises(InputError, match=r"^store: HostStore inside jit; valid"):
       jax.jit(lambda x: memory.lookup(store, x))(TOKENS)
 
 
@@ -248,10 +248,10 @@ def test_altered_truncated_and_foreign_files_are_refused(memory, tmp_path):
   memory.save(path)
   whole = path.read_bytes()
   path.write_bytes(whole[:-100])
-  with pytest.raises(InputError, match="a whole file written by Memory.save"):
+  with pytest.raises(InputError, match=r"a whole file written by Memory\.save"):
     Memory.load(path)
   memory.compression.save(path)
-  with pytest.raises(InputError, match="a whole file written by Memory.save"):
+  with pytest.raises(InputError, match=r"a whole file written by Memory\.save"):
     Memory.load(path)
   with pytest.raises(InputError, match=r"^path: .*missing; valid: a file"):
     Memory.load(tmp_path / "missing")

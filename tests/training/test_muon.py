@@ -18,9 +18,9 @@ from engram_jax.config import (
   MoEConfig,
 )
 from engram_jax.errors import InputError
+from engram_jax.parameters import param
 from engram_jax.run_config import TrainConfig
-from engram_jax.training import muon
-from engram_jax.training.muon import orthogonalized
+from engram_jax.training.muon import muon, newton_schulz, orthogonalized
 from engram_jax.training.optimizers import (
   backbone_optimizer,
   decay_mask,
@@ -50,15 +50,61 @@ MODEL = ModelConfig(
   streams=2,
   tie_embeddings=False,
 )
-#: Shapes of parameters by name, and their matrices as slices of one: the axes
-#: to move to the front, and the rows of what is left.
+#: Shapes and axes of parameters by name, and their matrices as slices of one:
+#: the axes to move to the front, and the rows of what is left.
 STACKS = {
-  "moe_blocks/attention/query": ((2, 6, 2, 5), (0,), 6),
-  "moe_blocks/attention/out": ((2, 2, 3, 8), (0,), 6),
-  "moe_blocks/attention/kv_down": ((2, 7, 4), (0,), 7),
-  "moe_blocks/ffn/gate": ((2, 3, 5, 4), (0, 1), 5),
-  "dense_blocks/ffn/down": ((1, 4, 9), (0,), 4),
-  "engrams/0/projection": ((8, 3, 5), (1,), 8),
+  "moe_blocks/attention/query": (
+    dict(layers=2, embed=6, heads=2, head_dim=5),
+    ("embed", ("heads", "head_dim")),
+    (0,),
+    6,
+  ),
+  "moe_blocks/attention/out": (
+    dict(layers=2, heads=2, head_dim=3, embed=8),
+    (("heads", "head_dim"), "embed"),
+    (0,),
+    6,
+  ),
+  "moe_blocks/attention/kv_down": (
+    dict(layers=2, embed=7, latent=4),
+    ("embed", "latent"),
+    (0,),
+    7,
+  ),
+  "moe_blocks/ffn/gate": (
+    dict(layers=2, expert=3, embed=5, mlp=4),
+    ("embed", "mlp"),
+    (0, 1),
+    5,
+  ),
+  "dense_blocks/ffn/down": (
+    dict(layers=1, mlp=4, embed=9),
+    ("mlp", "embed"),
+    (0,),
+    4,
+  ),
+  "engrams/0/projection": (
+    dict(memory=8, outputs=3, embed=5),
+    ("memory", "embed"),
+    (1,),
+    8,
+  ),
+}
+SHAPES = {name: tuple(sizes.values()) for name, (sizes, *_) in STACKS.items()}
+#: What else the parameters of these tests are.
+VECTORS = {
+  "embedding/table": dict(axes=("vocab", "embed")),
+  "engrams/0/conv_kernel": dict(axes=("taps", "streams", "width")),
+  "engrams/0/key_scale": dict(axes=("streams", "width"), decay=False),
+  "engrams/0/projection_bias": dict(axes=("outputs", "width"), decay=False),
+  "head": dict(axes=("vocab", "embed")),
+  "moe_blocks/attention_norm/scale": dict(
+    axes=("layers", "width"), decay=False
+  ),
+}
+METADATA = VECTORS | {
+  name: dict(axes=tuple(sizes), matrix=matrix)
+  for name, (sizes, matrix, *_) in STACKS.items()
 }
 
 
@@ -75,7 +121,7 @@ def state_of(arrays) -> nnx.State:
     at = tree
     for folder in folders:
       at = at.setdefault(int(folder) if folder.isdigit() else folder, {})
-    at[last] = nnx.Param(jnp.asarray(value, jnp.float32))
+    at[last] = param(jnp.asarray(value, jnp.float32), **METADATA[name])
   return nnx.State(tree)
 
 
@@ -104,7 +150,7 @@ def run(config, params, gradients):
 
 def matrices_of(name, stack):
   """[count, rows, columns] of a stack of STACKS."""
-  _, front, rows = STACKS[name]
+  _, _, front, rows = STACKS[name]
   stack = np.moveaxis(stack, front, range(len(front)))
   return stack.reshape(-1, rows, math.prod(stack.shape[len(front) :]) // rows)
 
@@ -120,9 +166,8 @@ def newton_schulz(x):
 @pytest.fixture(scope="module")
 def stacks():
   """Parameters, gradients of each step, and the updates that Muon made."""
-  shapes = {name: shape for name, (shape, _, _) in STACKS.items()}
-  params = draw(shapes, 0)
-  gradients = [draw(shapes, seed) for seed in range(1, STEPS + 1)]
+  params = draw(SHAPES, 0)
+  gradients = [draw(SHAPES, seed) for seed in range(1, STEPS + 1)]
   return params, gradients, run(config(), params, gradients)
 
 
@@ -158,8 +203,8 @@ def test_updates_are_nearly_orthogonal(name, stacks):
 
 def test_one_expert_s_gradient_moves_no_other():
   name = "moe_blocks/ffn/gate"
-  zeros = {name: np.zeros(STACKS[name][0])}
-  gradient = draw({name: STACKS[name][0]}, 1)
+  zeros = {name: np.zeros(SHAPES[name])}
+  gradient = draw({name: SHAPES[name]}, 1)
   larger = {name: gradient[name].copy()}
   larger[name][1, 2] *= 1000
   larger[name][0, 0] = 0  # an expert that no token went to
@@ -180,7 +225,7 @@ def test_the_rest_gets_adamw_exactly():
     "head": (10, 4),
     "moe_blocks/attention_norm/scale": (2, 4),
   }
-  matrix = {"moe_blocks/ffn/gate": STACKS["moe_blocks/ffn/gate"][0]}
+  matrix = {"moe_blocks/ffn/gate": SHAPES["moe_blocks/ffn/gate"]}
   params = draw(shapes | matrix, 0)
   gradients = [draw(shapes | matrix, seed) for seed in (1, 2)]
   constants = dict(adam_b1=0.8, adam_b2=0.9, adam_eps=1e-3)
@@ -259,16 +304,19 @@ def test_the_state_is_arrays_of_unique_names(params):
   assert len(leaves) == len(momentum) + 2 * len(moments) + 1
 
 
-@pytest.mark.parametrize(
-  ("name", "shape"),
-  [("moe_blocks/new", (2, 3, 4)), ("moe_blocks/ffn/gate", (2, 3))],
-)
-def test_an_unknown_parameter_is_refused(name, shape):
-  params = state_of({name: np.zeros(shape)})
-  message = rf"^parameter: {name}/{len(shape)}; valid: a name/rank of "
+def test_muon_of_what_is_no_matrix():
+  params = state_of({"head": np.zeros((10, 4))})
+  optimizer = muon(momentum=MOMENTUM, weight_decay=DECAY)
+  message = r"^parameter head: no matrix; valid: one that says "
   with pytest.raises(InputError, match=message):
-    backbone_optimizer(config()).init(params)
-  backbone_optimizer(config(optimizer="adamw")).init(params)
+    optimizer.update(params, optimizer.init(params), params)
+
+
+def test_an_array_of_fewer_axes_than_it_says():
+  params = jax.tree.map(lambda x: x[0], state_of({"head": np.zeros((10, 4))}))
+  message = r"^parameter head: 1 axes; valid: at least the axes vocab, embed$"
+  with pytest.raises(InputError, match=message):
+    optimizer_names(params)
 
 
 def test_rows_of_several_axes_are_one_side():
@@ -283,8 +331,8 @@ def test_rows_of_several_axes_are_one_side():
 def test_newton_schulz_of_a_matrix_of_any_size(size):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
   # One huge matrix in a stack leaves the other alone.
-  found = muon.newton_schulz(x * jnp.array([size, 1.0])[:, None, None])
-  expected = muon.newton_schulz(x)
+  found = newton_schulz(x * jnp.array([size, 1.0])[:, None, None])
+  expected = newton_schulz(x)
   if not size:
     expected = expected.at[0].set(0)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

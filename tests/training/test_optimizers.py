@@ -9,6 +9,7 @@ from flax import nnx
 
 from engram_jax.errors import InputError
 from engram_jax.memory.row_sparse import RowGradients
+from engram_jax.parameters import param
 from engram_jax.run_config import TABLE_OPTIMIZERS, TrainConfig
 from engram_jax.training.optimizers import (
   backbone_optimizer,
@@ -50,7 +51,12 @@ def test_adamw_for_a_learning_rate_of_one():
 
   def state_of(arrays):
     return nnx.State(
-      {k: nnx.Param(jnp.asarray(v, jnp.float32)) for k, v in arrays.items()}
+      {
+        k: param(
+          jnp.asarray(v, jnp.float32), axes=("a", "b"), decay=k == "kernel"
+        )
+        for k, v in arrays.items()
+      }
     )
 
   params = state_of(values)
@@ -72,7 +78,7 @@ def test_adamw_for_a_learning_rate_of_one():
 
 
 def test_it_does_not_clip():
-  params = nnx.State({"kernel": nnx.Param(jnp.zeros((2, 2)))})
+  params = nnx.State({"kernel": param(jnp.zeros((2, 2)), axes=("a", "b"))})
   optimizer = backbone_optimizer(config(clip_norm=0.01))
   huge = jax.tree.map(lambda x: jnp.full_like(x, 1e6), params)
   _, state = optimizer.update(huge, optimizer.init(params), params)

@@ -29,6 +29,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from engram_jax.run_config import MeshConfig
 from engram_jax.memory.row_optimizers import dense_adam, lazy_adam
+from engram_jax.parameters import param
 from engram_jax.sharding import make_mesh, padded_rows, state_shardings
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.state import TrainState, flatten, unflatten
@@ -42,15 +43,16 @@ OPTIMIZERS = {1: lazy_adam(bias_correction="row"),
 
 def build(devices):
   params = nnx.State({"moe_blocks": {"ffn": {
-    "gate": nnx.Param(jnp.zeros((2, 6, 5, 4))),
-    "router": nnx.Param(jnp.zeros(7))
+    "gate": jax.vmap(lambda x: param(x, axes=("expert", "embed", "mlp")))(
+      jnp.zeros((2, 6, 5, 4))),
+    "router": param(jnp.zeros(7), axes=("width",))
   }}})
   tables = {
     i: jnp.zeros((padded_rows(r, devices), 8), "bfloat16" if i == 14 else None)
     for i, r in ROWS.items()}
   return TrainState(
     step=jnp.zeros((), jnp.int32), params=params,
-    balance=nnx.State({"bias": nnx.Variable(jnp.zeros(6))}),
+    balance=nnx.State({"bias": param(jnp.zeros(6), axes=("width",))}),
     opt_state=optax.adamw(1.0).init(params), tables=tables,
     table_states={i: OPTIMIZERS[i].init(t) for i, t in tables.items()})
 
