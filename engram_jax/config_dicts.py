@@ -1,14 +1,20 @@
 """Configs as nested dictionaries and back: JSON, files, `--config.x.y=z`.
 
-A field that is unknown, missing or of another type is refused by its path.
+A field that is unknown, missing or of another type is refused by its path. In
+what an earlier version has saved, fields that did not exist then are given
+their defaults, in one line that says so (`completed`).
 """
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
+
+from absl import logging
 
 from engram_jax.errors import InputError, require
 
@@ -38,11 +44,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
   """
   prefix = f"{path}." if path else ""
   hints = typing.get_type_hints(cls)
-  for name in values:
-    if name not in hints:
-      close = difflib.get_close_matches(name, hints, n=1)
-      valid = f"did you mean {close[0]}?" if close else ", ".join(hints)
-      raise InputError(f"{prefix}{name}", "unknown field", valid)
+  _require_known(values, hints, prefix)
   missing = [
     field.name
     for field in dataclasses.fields(cls)
@@ -58,6 +60,78 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
     return cls(**arguments)
   except InputError as error:
     raise InputError(prefix + error.field, error.value, error.valid) from None
+
+
+def completed(
+  cls: type, values: Mapping[str, Any], *, source: str
+) -> dict[str, Any]:
+  """A saved config, with the defaults of fields that were added since.
+
+  What has been filled in is said in one line, once in a process.
+
+  Args:
+    cls: the dataclass of the config.
+    values: nested dicts, as `to_dict` made them then.
+    source: the file, for messages.
+
+  Returns:
+    A copy; a field without a default stays missing.
+
+  Raises:
+    InputError: a field that is not, or no longer, one of `cls`.
+  """
+  filled: list[str] = []
+  found = _complete(cls, values, "", filled, source)
+  if filled:
+    _tell(
+      f"{', '.join(filled)}: newer than this run's config; "
+      f"the default{'s are' if len(filled) > 1 else ' is'} used"
+    )
+  return found
+
+
+@functools.cache
+def _tell(line: str) -> None:
+  logging.warning("%s", line)
+
+
+def _complete(cls, values, path, filled, source) -> dict[str, Any]:
+  prefix = f"{path}." if path else ""
+  require(isinstance(values, Mapping), path or source, values, "a config")
+  hints = typing.get_type_hints(cls)
+  _require_known(values, hints, prefix, f" in {source}")
+  found = dict(values)
+  for field in dataclasses.fields(cls):
+    name, group = field.name, _group(hints[field.name])
+    default = field.default
+    if name not in values and default is not dataclasses.MISSING:
+      found[name] = (
+        to_dict(default)
+        if dataclasses.is_dataclass(default)
+        else list(default)
+        if isinstance(default, tuple)
+        else default
+      )
+      filled.append(f"{prefix}{name} = {found[name]!r}")
+    elif group is not None and values.get(name) is not None:
+      found[name] = _complete(
+        group, values[name], f"{prefix}{name}", filled, source
+      )
+  return found
+
+
+def _group(hint: Any) -> type | None:
+  """The dataclass that a field holds, or may hold; None if it holds none."""
+  hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]
+  return next((x for x in hints if dataclasses.is_dataclass(x)), None)
+
+
+def _require_known(values, hints, prefix: str, where: str = "") -> None:
+  for name in values:
+    if name not in hints:
+      close = difflib.get_close_matches(name, hints, n=1)
+      valid = f"did you mean {close[0]}?" if close else ", ".join(hints)
+      raise InputError(f"{prefix}{name}", f"unknown field{where}", valid)
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
@@ -77,7 +151,11 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     item = typing.get_args(hint)[0]
     return tuple(_typed(item, v, f"{path}[{i}]") for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    require(abs(value) < 2**1000, path, value, "a finite number")
+    value = float(value)
+  if hint is float and isinstance(value, float):
+    # JSON, which keeps the configs, has no other ones.
+    require(math.isfinite(value), path, value, "a finite number")
   ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
   require(ok, path, repr(value), hint.__name__)
   return value

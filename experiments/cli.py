@@ -1,5 +1,15 @@
-"""What the programs share: configs from files and flags, errors in one line."""
+"""What the programs share: configs from files and flags, errors in one line.
 
+Exit statuses:
+  0    done; or training that a first SIGTERM or SIGINT has ended with a save
+  1    something went wrong on the way: a lost process, a defect
+  2    what a user can mend: a field, a file, a folder, a full disk
+  3    a run has diverged: its numbers are no longer finite
+  130  interrupted by SIGINT, 143 by SIGTERM, as a shell reports them
+"""
+
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,10 +21,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from engram_jax.config_dicts import from_dict, to_dict
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, first_line
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
-from engram_jax.training.loop import NonFiniteError
+from engram_jax.training.divergence import DivergedError
+from engram_jax.training.stopping import StoppedError, second_signal_ends
 
 
 def as_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
@@ -113,14 +124,32 @@ def run(
     # The programs say what they do themselves; Orbax and TFDS would say more.
     logging.set_verbosity(logging.WARNING)
     try:
-      start_processes()
-      with processes.saying_what_was_lost():
-        main(argv)
-        processes.shut_down()
+      with second_signal_ends():
+        start_processes()
+        with processes.saying_what_was_lost():
+          main(argv)
+          sys.stdout.flush()
+          processes.shut_down()
     except InputError as error:
       fail(str(error), 2)
-    except NonFiniteError as error:
-      fail(str(error), 1)
+    except DivergedError as error:
+      fail(str(error), 3)
+    except StoppedError as error:
+      fail(str(error), 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+      # Not by way of the interpreter's end, which waits for every thread.
+      print("error: interrupted", file=sys.stderr)
+      processes.leave(128 + signal.SIGINT)
+    except BrokenPipeError:
+      # Whoever read the output has gone, as `head` does.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      processes.leave(128 + signal.SIGPIPE)
+    except OSError as error:
+      # The system's refusals that nothing nearer has put in words.
+      what = error.filename or type(error).__name__
+      fail(f"{what}: {error.strerror or first_line(error)}", 2)
+    except MemoryError as error:
+      fail(f"memory: {first_line(error)}; valid: a smaller size", 2)
     except processes.ProcessLostError as error:
       print(f"error: {error}", file=sys.stderr)
       processes.leave(1)

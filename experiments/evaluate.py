@@ -11,7 +11,6 @@ every position reading the rows of another one.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -23,6 +22,7 @@ from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
 from engram_jax.files import write_whole
 from engram_jax.training.evaluation import losses_by_memory
+from engram_jax.training.json_values import to_text
 from engram_jax.training.runs import RunFolder
 from experiments import cli, stores
 
@@ -111,7 +111,7 @@ def main(argv) -> None:
   print(cli.table(rows, title))
   if _OUT.value:
     path = pathlib.Path(_OUT.value).expanduser()
-    write_whole(path, json.dumps(found, indent=2) + "\n")
+    write_whole(path, to_text(found))
 
 
 if __name__ == "__main__":

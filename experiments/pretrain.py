@@ -17,10 +17,11 @@ or, in a cluster that JAX knows, with --distributed; the workdir is shared.
 If one is lost the others end; start them all again.
 """
 
-import json
+import math
 import pathlib
 
 import jax
+import numpy as np
 from absl import flags
 
 from engram_jax.analysis.accounting import count_parameters_by_part
@@ -29,9 +30,11 @@ from engram_jax.analysis.plots import plot_gates, plot_loss
 from engram_jax.data.pipeline import windows
 from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import generate_all
+from engram_jax.errors import require
 from engram_jax.files import write_whole
-from engram_jax.training import processes
+from engram_jax.training import divergence, processes
 from engram_jax.training.evaluation import losses_by_memory
+from engram_jax.training.json_values import read_object, to_text
 from engram_jax.training.loop import RunResult, evaluation_batches, run
 from engram_jax.training.metrics import read_metrics
 from experiments import cli
@@ -65,9 +68,28 @@ def summarize(config, result: RunResult) -> dict:
     "parameters": count_parameters_by_part(
       config.model, result.program.hashing
     ),
-    "tokens_per_second": result.tokens_per_second,
-    "compile_seconds": result.compile_seconds,
-    "skipped_steps": result.skipped_steps,
+    **speed(result),
+  }
+
+
+def speed(result: RunResult) -> dict:
+  """Figures of the training; of an earlier call if this one took no step."""
+  names = ("tokens_per_second", "compile_seconds", "skipped_steps")
+  if result.steps_taken:
+    return {name: getattr(result, name) for name in names}
+  path = result.folder.path / "summary.json"
+  if path.exists():
+    before = read_object(path, "summary.json")
+    if isinstance(before.get("tokens_per_second"), float):
+      return {name: before.get(name) for name in names}
+  # Killed between its last step and its summary: what the record has.
+  trained = read_metrics(result.folder.metrics, "train")
+  compiled = read_metrics(result.folder.metrics, "run")
+  rates = [record["tokens_per_second"] for record in trained]
+  return {
+    "tokens_per_second": float(np.median(rates)) if rates else None,
+    "compile_seconds": compiled[-1]["compile_seconds"] if compiled else None,
+    "skipped_steps": sum(not record["finite"] for record in trained),
   }
 
 
@@ -117,9 +139,18 @@ def sample(result: RunResult, prompt: str) -> str:
   return prompt + tokenizer.decode(tokens)
 
 
+def _figure(number: float | None, unit: str) -> str:
+  return "not known" if number is None else f"{number:,.1f} {unit}"
+
+
 def main(argv) -> None:
   del argv
   config = cli.frozen(_CONFIG.value)
+  require(_PROMPT.value, "prompt", repr(_PROMPT.value), "some text to continue")
+  try:
+    _PROMPT.value.encode()
+  except UnicodeEncodeError:
+    require(False, "prompt", ascii(_PROMPT.value), "text in UTF-8")
   result = run(
     config,
     _WORKDIR.value,
@@ -133,11 +164,17 @@ def main(argv) -> None:
     return
   folder = result.folder.path
   summary = summarize(config, result)
+  loss = summary["validation_loss"]["on"]
+  if not math.isfinite(loss):
+    what = f"the validation loss is {loss}"
+    divergence.diverged(
+      result.folder, config.train, step=summary["step"], what=what
+    )
   if not talks:
     return
   draw_loss(result)
   summary_path = pathlib.Path(folder / "summary.json")
-  write_whole(summary_path, json.dumps(summary, indent=2) + "\n")
+  write_whole(summary_path, to_text(summary))
   if processes.count() == 1:
     draw_gates(result)
     text = sample(result, _PROMPT.value)
@@ -159,8 +196,8 @@ def main(argv) -> None:
     ("parameters", f"{parts['total']:,}"),
     ("  of them in tables", f"{parts['tables']:,}"),
     ("  activated per token", f"{parts['activated']:,}"),
-    ("training speed", f"{summary['tokens_per_second']:,.0f} tokens/s"),
-    ("first step's compilation", f"{summary['compile_seconds']:.1f} s"),
+    ("training speed", _figure(summary["tokens_per_second"], "tokens/s")),
+    ("first step's compilation", _figure(summary["compile_seconds"], "s")),
     ("everything is in", str(folder)),
   ]
   print(cli.table(rows, f"Step {summary['step']}"))

@@ -1,7 +1,6 @@
 """Results as JSON: the figures, and what one needs to get them again."""
 
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 from engram_jax.files import write_whole
+from engram_jax.training.json_values import to_text
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -65,7 +65,7 @@ def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   path = pathlib.Path(path).expanduser()
   path.parent.mkdir(parents=True, exist_ok=True)
   whole = {"command": command(), **result, "environment": environment()}
-  write_whole(path, json.dumps(whole, indent=2) + "\n")
+  write_whole(path, to_text(whole))
 
 
 def _cpu_model() -> str:

@@ -14,6 +14,7 @@ from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.stopping import StoppedError
 
 
 def changed(
@@ -53,7 +54,9 @@ def train_once(
     Losses by memory mode, the curve of evaluations, parameters, speed.
   """
   result = run(config, workdir, progress=False)
-  require(result.finished, "run", "stopped by a signal", "a run to its end")
+  if not result.finished:
+    step = int(result.state.step)
+    raise StoppedError(f"stopped at step {step}; run again to continue")
   model = result.program.model_of(result.state)
   held_out = list(
     held_out_batches(

@@ -31,27 +31,37 @@ What may happen to a run, and what keeps a checkpoint right:
                           has one: it lets that one step copy instead. So there
                           is no copy here; a test stands in its place.
   damaged files           refused: the checksums of the manifest do not fit.
+  a folder half copied    left out with a line, as is an empty one; a run that
+                          goes on renames it to STEP.incomplete.
 """
 
-import contextlib
-import dataclasses
-import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 from jaxtyping import Array
 
-from engram_jax.errors import InputError, require
+from engram_jax.errors import InputError, first_line, require
+from engram_jax.files import usable
+from engram_jax.training import processes
+from engram_jax.training.checkpoint_files import (
+  Keep,
+  broken_steps,
+  digest,
+  listed,
+  reading,
+  writing,
+)
 from engram_jax.training.json_values import first_difference, plain
 from engram_jax.training.manifest import (
   describe,
@@ -146,7 +156,7 @@ class Checkpoints:
     """
     require(keep_last >= 1, "keep_last", keep_last, "at least 1")
     require(keep_best >= 0, "keep_best", keep_best, ">= 0")
-    self._open(directory, _Keep(keep_last, keep_best))
+    self._open(directory, Keep(keep_last, keep_best))
 
   @classmethod
   def open(cls, directory: str | os.PathLike) -> "Checkpoints":
@@ -157,17 +167,23 @@ class Checkpoints:
     Raises:
       InputError: the folder does not exist, or holds damaged files.
     """
-    is_folder = pathlib.Path(directory).is_dir()
+    with usable(directory, "a folder with checkpoints", field="directory"):
+      is_folder = pathlib.Path(directory).expanduser().is_dir()
     require(is_folder, "directory", directory, "a folder with checkpoints")
     checkpoints = cls.__new__(cls)
     checkpoints._open(directory, None)
     return checkpoints
 
-  def _open(self, directory: str | os.PathLike, keep: "_Keep | None") -> None:
+  def _open(self, directory: str | os.PathLike, keep: Keep | None) -> None:
     # Orbax takes absolute paths only.
     self.directory = pathlib.Path(directory).expanduser().absolute()
-    self._read_only = keep is None
-    writing = {
+    self._read_only = reads = keep is None
+    look = lambda: broken_steps(self.directory, set_aside=not reads)
+    # A reader may be one process alone.
+    self._broken = (
+      look() if reads else processes.together(look, main_first=True)
+    )
+    of_writers = {
       "preservation_policy": keep,
       "cleanup_tmp_directories": True,
       "todelete_subdir": _DELETED,
@@ -178,21 +194,20 @@ class Checkpoints:
       # Without `best_fn` Orbax would store no metrics.
       best_fn=lambda metrics: metrics["eval_loss"],
       best_mode="min",
-      **({} if self._read_only else writing),
+      **({} if self._read_only else of_writers),
     )
-    with _reading("directory", self.directory):
+    with reading("directory", self.directory):
       self._manager = ocp.CheckpointManager(self.directory, options=options)
       self._losses = {
-        step: self._manager.metrics(step)["eval_loss"]
-        for step in self._manager.all_steps()
+        step: self._manager.metrics(step)["eval_loss"] for step in self.steps()
       }
     self._purge()
 
   # --- which there are ---
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints, ascending, one being written included."""
-    return sorted(self._manager.all_steps())
+    """Steps of the whole checkpoints, ascending, one being written included."""
+    return sorted(set(self._manager.all_steps()) - set(self._broken))
 
   def latest_step(self) -> int | None:
     """The newest step; None if there is none."""
@@ -248,7 +263,7 @@ class Checkpoints:
     manifest = {
       "arrays": {name: describe(arrays) for name, arrays in items.items()},
       "rows": rows_in_use(constants),
-      "constants": _digest(constants),
+      "constants": digest(constants),
       "data": data_iterator is not None,
     }
     arguments = {
@@ -262,30 +277,46 @@ class Checkpoints:
       arguments["data"] = grain.checkpoint.CheckpointSave(data_iterator)
 
     self.wait()
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(**arguments),
-      # Always given: without metrics Orbax warns at every save.
-      metrics={"eval_loss": loss},
-      force=True,
-    )
+    with writing(self.directory / str(step)):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**arguments),
+        # Always given: without metrics Orbax warns at every save.
+        metrics={"eval_loss": loss},
+        force=True,
+      )
+    self._broken.pop(step, None)
     self._losses[step] = loss
 
   def wait(self) -> None:
-    """Returns when nothing is being written; raises if writing failed."""
-    self._manager.wait_until_finished()
+    """Returns when nothing is being written.
+
+    Raises:
+      InputError: writing failed, of a full disk, say.
+    """
+    with writing(self.directory):
+      self._manager.wait_until_finished()
     self._purge()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with writing(self.directory):
+        self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exception: Any) -> None:
-    self.close()
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    try:
+      self.close()
+    except Exception as closing:
+      if error is None:
+        raise
+      # What ended the body is what is to be told.
+      logging.warning("while closing the checkpoints: %s", first_line(closing))
 
   def _purge(self) -> None:
     if not self._read_only and jax.process_index() == 0:
@@ -306,7 +337,7 @@ class Checkpoints:
     manifest = self._manifest(step)
     constants = self._read(step, constants=ocp.args.JsonRestore())["constants"]
     self._require_whole(
-      _digest(constants) == manifest["constants"], step, "constants"
+      digest(constants) == manifest["constants"], step, "constants"
     )
     return constants
 
@@ -369,7 +400,7 @@ class Checkpoints:
   def _set_position(self, step: int, iterator: grain.DatasetIterator) -> None:
     """Sets the iterator to where it was in all processes of the saving run."""
     path = self.directory / str(step)
-    with _reading("data", path):
+    with reading("data", path):
       # Processes take equally many batches, whatever their number, so that any
       # file is everyone's. Grain's own handler wants as many as saved.
       (file,) = (path / "data").glob("process_0-of-*.json")
@@ -381,14 +412,19 @@ class Checkpoints:
     self.wait()
     steps = self.steps()
     valid = "a folder with a whole checkpoint in it"
-    require(steps, "directory", f"no checkpoint in {self.directory}", valid)
+    found = f"no checkpoint in {self.directory}"
+    if self._broken:
+      found += f" ({listed(self._broken)})"
+    require(steps, "directory", found, valid)
     valid = f"one of the steps {', '.join(map(str, steps))}"
+    wrong = self._broken.get(step)
+    require(wrong is None, "step", f"{step}: {wrong}", valid)
     require(step in (None, *steps), "step", step, valid)
     return steps[-1] if step is None else step
 
   def _read(self, step: int, **items: Any) -> Any:
     (name,) = items
-    with _reading(name, self.directory / str(step)):
+    with reading(name, self.directory / str(step)):
       return self._manager.restore(step, args=ocp.args.Composite(**items))
 
   def _manifest(self, step: int) -> dict[str, Any]:
@@ -441,24 +477,6 @@ class Checkpoints:
     require(whole, what, "not what was saved", valid)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keep:
-  """Orbax's PreservationPolicy: the newest, and the best of those rated."""
-
-  last: int
-  best: int
-
-  def should_preserve(self, checkpoints, *, context):
-    del context
-    infos = sorted(checkpoints, key=lambda info: info.step)
-    rated = [info for info in infos if info.metrics["eval_loss"] is not None]
-    # The sort is stable: of equal losses the earlier one stays.
-    rated.sort(key=lambda info: info.metrics["eval_loss"])
-    kept = infos[-self.last :] + rated[: self.best]
-    steps = {info.step for info in kept}
-    return [info.step in steps for info in checkpoints]
-
-
 def _split(state: TrainState) -> dict[str, dict[str, Any]]:
   """The parts of a state by the item that holds them."""
   fields = {
@@ -478,21 +496,3 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     # Said, or Orbax would take the devices of the run that saved.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _reading(field: str, path: pathlib.Path) -> Iterator[None]:
-  """Turns what damaged files raise into an `InputError`."""
-  try:
-    yield
-  except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-    raise
-  # Orbax raises bare `Exception`s for damaged arrays, and JSON, file and zip
-  # errors for the rest.
-  except Exception as error:
-    found = f"{type(error).__name__}: {error}"
-    raise InputError(field, found, f"undamaged files in {path}") from error

@@ -2,7 +2,11 @@
 
 A run is its folder (`runs.py`). Started on the folder of the same run it goes
 on from the newest checkpoint, bit for bit as if it had never stopped. SIGTERM
-and SIGINT end it after the step in progress with a checkpoint.
+and SIGINT end it after the step in progress with a checkpoint; a second one
+ends it at once (`stopping.py`). No other run gets into the folder meanwhile.
+
+A run whose numbers are no longer finite has diverged (`divergence.py`): it ends
+with what it had saved before, and is not taken up again by the same command.
 
 Several processes (`processes.py`) call `run` alike. Process 0 makes the folder
 and writes what is not an array; each reads its own part of every batch, and all
@@ -16,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -30,9 +34,10 @@ from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
-from engram_jax.training import processes
+from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints, check_constants
 from engram_jax.training.evaluation import make_eval_step, mean_loss
+from engram_jax.training.locks import locked
 from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.program import Program
 from engram_jax.training.runs import (
@@ -42,6 +47,7 @@ from engram_jax.training.runs import (
   make_memory,
   new_state,
   open_folder,
+  read_constants,
   save_tokenizer_of_run,
 )
 from engram_jax.training.starting import (
@@ -51,10 +57,7 @@ from engram_jax.training.starting import (
 )
 from engram_jax.training.state import TrainState, abstract_model
 from engram_jax.training.step import make_train_step
-
-
-class NonFiniteError(RuntimeError):
-  """A loss or gradient is not finite: the step, and the metric to look at."""
+from engram_jax.training.stopping import stop_requests
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,8 +71,9 @@ class RunResult:
     data: the prepared text.
     finished: False when a signal ended the run early.
     compile_seconds: of the training step.
+    steps_taken: by this call; 0 if the run had ended before.
     tokens_per_second: over this call's steps, without evaluations,
-      checkpoints and compilation; NaN if it took none.
+      checkpoints and compilation; None if it took none.
     skipped_steps: steps of this call that were not applied, as not finite.
   """
 
@@ -79,7 +83,8 @@ class RunResult:
   data: PreparedData
   finished: bool
   compile_seconds: float
-  tokens_per_second: float
+  steps_taken: int
+  tokens_per_second: float | None
   skipped_steps: int
 
 
@@ -103,7 +108,8 @@ def run(
 
   Raises:
     InputError: a folder of another run, data or weights that do not fit.
-    NonFiniteError: with `on_nonfinite="stop"`.
+    DivergedError: the run's numbers are no longer finite, or were not when it
+      ended the last time.
     ProcessLostError: another process of the run is gone.
   """
   train = config.train
@@ -115,18 +121,18 @@ def run(
   origin = find_origin(
     workdir, config, init_from=init_from, init_step=init_step
   )
-  folder = processes.together(
-    lambda: open_folder(workdir, config), main_first=True
-  )
-  say("Preparing the text (done once for each text and tokenizer) ...")
-  data = processes.together(lambda: prepare(config.data), main_first=True)
-  sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
-  say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
-  hashing, compression, iterator, evaluation = processes.together(
-    lambda: _prepare_run(config, folder, data)
-  )
-
   with contextlib.ExitStack() as stack:
+    folder = processes.together(
+      lambda: _enter(workdir, config, stack), main_first=True
+    )
+    processes.together(lambda: divergence.require_none(folder))
+    say("Preparing the text (done once for each text and tokenizer) ...")
+    data = processes.together(lambda: prepare(config.data), main_first=True)
+    sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
+    say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
+    hashing, compression, iterator, evaluation = processes.together(
+      lambda: _prepare_run(config, folder, data)
+    )
     saved = Checkpoints(
       folder.checkpoints,
       keep_last=train.keep_last,
@@ -138,7 +144,7 @@ def run(
     )
     stored = None
     if saved.latest_step() is not None:
-      stored = saved.read_constants()
+      stored = read_constants(saved)
     known = stored or (origin and origin.constants)
     if known and hashing is not None and known["hash"] is not None:
       # The stored constants count, whatever this NumPy would draw.
@@ -181,8 +187,8 @@ def run(
     writer = stack.enter_context(
       MetricsWriter(folder.path, enabled=processes.is_main())
     )
-    loop = _Loop(config, writer, saved, program, evaluation, expected)
-    stop = stack.enter_context(_stop_signals())
+    loop = _Loop(config, folder, writer, saved, program, evaluation, expected)
+    stop = stack.enter_context(stop_requests())
     state = loop.train(state, iterator, stop=stop, progress=progress)
     saved.wait()
   return RunResult(
@@ -192,9 +198,23 @@ def run(
     data=data,
     finished=int(state.step) >= train.steps,
     compile_seconds=loop.compile_seconds,
-    tokens_per_second=loop.tokens / loop.seconds if loop.tokens else np.nan,
+    steps_taken=loop.steps,
+    tokens_per_second=loop.tokens / loop.seconds if loop.tokens else None,
     skipped_steps=loop.skipped,
   )
+
+
+def _enter(
+  workdir: str | os.PathLike,
+  config: ExperimentConfig,
+  stack: contextlib.ExitStack,
+) -> RunFolder:
+  """The run's folder, held by process 0 until the stack ends."""
+  folder = RunFolder.of(workdir)
+  folder.require_usable()
+  if processes.is_main():
+    stack.enter_context(locked(folder.path))
+  return open_folder(workdir, config)
 
 
 def _make_mesh(config: ExperimentConfig) -> Mesh | None:
@@ -263,7 +283,7 @@ def _closing(saved: Checkpoints) -> Callable[..., None]:
     # What is being written cannot be finished without a lost process; Orbax
     # would wait for it for many minutes.
     if kind is None or not issubclass(kind, processes.ProcessLostError):
-      saved.close()
+      saved.__exit__(kind, error, trace)
 
   return close
 
@@ -295,38 +315,20 @@ def evaluation_batches(
   )
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """A list that fills when the process is asked to stop."""
-  received: list[int] = []
-
-  def note(number, frame):
-    received.append(number)
-
-  previous = {}
-  for number in (signal.SIGTERM, signal.SIGINT):
-    # Only the main thread may; a notebook's thread goes without.
-    with contextlib.suppress(ValueError):
-      previous[number] = signal.signal(number, note)
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
 class _Loop:
   """One call of `run`: the steps, and what is counted on the way."""
 
-  def __init__(self, config, writer, saved, program, evaluation, constants_):
-    self.train_config = config.train
+  def __init__(
+    self, config, folder, writer, saved, program, evaluation, constants_
+  ):
+    self.train_config, self.folder = config.train, folder
     self.saved, self.program = saved, program
     self.evaluation, self.constants = evaluation, constants_
     self.writer = writer
     self.eval_step = make_eval_step(program)
     self.compile_seconds = 0.0
     self.seconds = 0.0  # of steps alone
-    self.tokens = self.skipped = 0
+    self.steps = self.tokens = self.skipped = 0
 
   def train(self, state, iterator, *, stop, progress) -> TrainState:
     """Steps until the end or a signal; the state is consumed."""
@@ -360,6 +362,7 @@ class _Loop:
         step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
+        self.steps += 1
         self.tokens += batch["inputs"].size
         self._check_finite(step, metrics)
         if step % config.log_every == 0 or step == config.steps:
@@ -396,12 +399,16 @@ class _Loop:
       return
     names = ("loss", "grad_norm")
     name = next(n for n in names if not np.isfinite(metrics[n]))
-    line = f"step {step}: {name} is {metrics[name]}; the step was not applied"
+    what = f"{name} is {metrics[name]}, and the step was not applied"
     if self.train_config.on_nonfinite == "stop":
       self.writer.write(step, metrics)
-      raise NonFiniteError(line)
+      self._diverged(step, what)
     self.skipped += 1
-    logging.warning("%s", line)
+    logging.warning("step %d: %s", step, what)
+
+  def _diverged(self, step: int, what: str) -> NoReturn:
+    self.saved.wait()  # for the last good one, which the message names
+    divergence.diverged(self.folder, self.train_config, step=step, what=what)
 
   def _evaluate_and_save(self, state, step, iterator, *, saves, last) -> None:
     every, loss = self.train_config.eval_every, None
@@ -414,7 +421,11 @@ class _Loop:
         self.evaluation,
       )
       self.writer.write(step, {"loss": loss}, kind="eval")
+      if not np.isfinite(loss):
+        self._diverged(step, f"the evaluation's loss is {loss}")
     if saves:
+      if not processes.fetch(divergence.weights_are_finite(state)):
+        self._diverged(step, "some weights are not finite")
       self.saved.save(
         step,
         state,

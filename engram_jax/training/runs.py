@@ -7,12 +7,13 @@ WORKDIR/
   checkpoints/      see `checkpoints.py`; holds the hash constants too
   metrics.jsonl     one record a line; TensorBoard's files in tensorboard/
   origin.json       the checkpoint whose weights it started from, if it did
+  diverged.json     how it ended, if its numbers were no longer finite
+  run.lock          held while it trains: see `locks.py`
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import pathlib
 from typing import Any
@@ -24,14 +25,17 @@ from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.config_dicts import from_dict, to_dict
+from engram_jax.config_dicts import completed, from_dict, to_dict
 from engram_jax.data.tokenizers import load_tokenizer
 from engram_jax.errors import InputError, require
-from engram_jax.files import whole_file, write_whole
+from engram_jax.files import usable, whole_file, write_whole
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
+from engram_jax.training.checkpoint_files import steps_in
 from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.json_values import read_object, to_text
+from engram_jax.training.locks import LOCK
 from engram_jax.training.program import Program
 from engram_jax.training.state import TrainState, abstract_model, init_state
 
@@ -66,21 +70,42 @@ class RunFolder:
   def origin(self) -> pathlib.Path:
     return self.path / "origin.json"
 
+  @property
+  def diverged(self) -> pathlib.Path:
+    return self.path / "diverged.json"
+
   @classmethod
   def of(cls, workdir: str | os.PathLike) -> "RunFolder":
     """By its path, which may begin with `~`."""
-    return cls(pathlib.Path(workdir).expanduser().absolute())
+    try:
+      return cls(pathlib.Path(workdir).expanduser().absolute())
+    except RuntimeError as error:  # ~ of nobody
+      raise InputError("workdir", workdir, f"a folder ({error})") from None
 
   def saved_steps(self) -> list[int]:
     """Steps of its checkpoints by the names on the disk, ascending."""
     folder = self.checkpoints
-    found = folder.iterdir() if folder.exists() else ()
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    with usable(folder, "a folder that can be read", field="workdir"):
+      return steps_in(folder) if folder.is_dir() else []
+
+  def require_usable(self) -> None:
+    """Refuses what is neither a new folder, nor an empty one, nor a run's.
+
+    Raises:
+      InputError: a file, other files there, or no permission to look.
+    """
+    valid = "a new or empty folder, or one of a run"
+    with usable(self.path, valid, field="workdir"):
+      if self.config.exists() or not _exists(self.path):
+        return
+      empty = self.path.is_dir() and {*os.listdir(self.path)} <= {LOCK}
+    require(empty, "workdir", self.path, valid)
 
   def require_run(self) -> None:
     """Refuses a folder in which no run has begun to save."""
     valid = "the folder of a run, with config.json and checkpoints/"
-    begun = self.config.exists() and self.checkpoints.exists()
+    with usable(self.path, valid, field="workdir"):
+      begun = self.config.exists() and self.checkpoints.is_dir()
     require(begun, "workdir", self.path, valid)
 
 
@@ -117,11 +142,17 @@ def open_folder(
   Process 0 makes it; the others are to enter after it.
 
   Raises:
-    InputError: the folder holds a run of another config, or something else.
+    InputError: the folder holds a run of another config, a damaged
+      `config.json` or something else, or cannot be written to.
   """
   folder = RunFolder.of(workdir)
+  folder.require_usable()
   if folder.config.exists():
-    found = json.loads(folder.config.read_text())
+    found = completed(
+      ExperimentConfig,
+      read_object(folder.config, "config.json"),
+      source=str(folder.config),
+    )
     try:
       check_constants({"config": found}, {"config": to_dict(config)})
     except InputError as error:
@@ -130,14 +161,36 @@ def open_folder(
     return folder
   valid = "a folder of a file system that all processes share"
   require(jax.process_index() == 0, "workdir", folder.path, valid)
-  empty = not folder.path.exists() or (
-    folder.path.is_dir() and not any(folder.path.iterdir())
-  )
-  valid = "a new or empty folder, or one of a run"
-  require(empty, "workdir", folder.path, valid)
-  folder.path.mkdir(parents=True, exist_ok=True)
-  write_whole(folder.config, json.dumps(to_dict(config), indent=2) + "\n")
+  with usable(folder.path, "a folder that can be written to", field="workdir"):
+    folder.path.mkdir(parents=True, exist_ok=True)
+  write_whole(folder.config, to_text(to_dict(config)))
   return folder
+
+
+def _exists(path: pathlib.Path) -> bool:
+  """As `path.exists()`, which hides that a folder above it is a file."""
+  try:
+    path.lstat()
+  except FileNotFoundError:
+    return False
+  return True
+
+
+def read_constants(saved: Checkpoints, step: int | None = None) -> dict:
+  """A checkpoint's constants, with the defaults of fields that it predates.
+
+  Args:
+    saved: the checkpoints.
+    step: None for the latest.
+
+  Raises:
+    InputError: no such checkpoint, a damaged one, or one whose config has
+      fields that are unknown here.
+  """
+  stored = saved.read_constants(step)
+  source = f"the checkpoint in {saved.directory}"
+  config = completed(ExperimentConfig, stored["config"], source=source)
+  return stored | {"config": config}
 
 
 def constants(
@@ -214,7 +267,7 @@ def load_run(
   folder.require_run()
   with Checkpoints.open(folder.checkpoints) as saved:
     step = saved.latest_step() if step is None else step
-    stored = saved.read_constants(step)
+    stored = read_constants(saved, step)
     config = from_dict(ExperimentConfig, stored["config"])
     hashing = stored["hash"] and NgramHash.from_dict(stored["hash"])
     compression = None

@@ -10,7 +10,6 @@ count.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -24,9 +23,14 @@ from engram_jax.errors import InputError, require
 from engram_jax.files import write_whole
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.json_values import first_difference, plain
+from engram_jax.training.json_values import (
+  first_difference,
+  plain,
+  read_object,
+  to_text,
+)
 from engram_jax.training.program import Program
-from engram_jax.training.runs import RunFolder, abstract_state
+from engram_jax.training.runs import RunFolder, abstract_state, read_constants
 from engram_jax.training.state import TrainState
 
 #: Constants in which the two runs may differ, with all that is below them. Of
@@ -117,7 +121,10 @@ def find_origin(
   if folder.saved_steps():
     return None
   if folder.origin.exists():
-    before = json.loads(folder.origin.read_text())
+    before = read_object(folder.origin, "origin.json")
+    valid = "an undamaged JSON file with workdir and step"
+    whole = {"workdir", "step"} <= set(before)
+    require(whole, "origin.json", folder.origin, valid)
     path = pathlib.Path(before["workdir"])
     if init_from is not None:
       valid = f"{path}, from which this run started before; or another workdir"
@@ -134,7 +141,7 @@ def find_origin(
     source.require_run()
     with Checkpoints.open(source.checkpoints) as saved:
       step = saved.latest_step() if init_step is None else init_step
-      constants = saved.read_constants(step)
+      constants = read_constants(saved, step)
   except InputError as error:
     names = {"workdir": "init_from", "directory": "init_from"}
     names["step"] = "init_step"
@@ -148,7 +155,7 @@ def find_origin(
 def record_origin(folder: RunFolder, origin: Origin) -> None:
   """Writes into a run's folder where it starts from."""
   found = {"workdir": str(origin.folder.path), "step": origin.step}
-  write_whole(folder.origin, json.dumps(found) + "\n")
+  write_whole(folder.origin, to_text(found))
 
 
 def state_from(origin: Origin, program: Program) -> TrainState:

@@ -344,7 +344,8 @@ def test_damaged_files_never_load_wrong(tmp_path):
       file.write_bytes(damage(whole))
       try:
         with Checkpoints.open(tmp_path / "good") as checkpoints:
-          assert checkpoints.steps() == [5]
+          # A damaged document of its own makes it no whole checkpoint.
+          assert checkpoints.steps() in ([5], [])
           found = checkpoints.restore(shapes(state))
           constants = checkpoints.read_constants()
       except InputError as error:
