@@ -8,23 +8,28 @@
 
 Three lines for a model with memory: as trained; with the memory off; and with
 every position reading the rows of another one.
+
+Of a --folder the first tokens are read, about 130,000 (--batches=0 for all, and
+to their last one). Its documents come in an order of no meaning, so that they
+are a fair sample.
 """
 
 import dataclasses
 import math
-import pathlib
+import sys
 from typing import Any
 
 from absl import flags
 
-from engram_jax.data.pipeline import held_out_batches
+from engram_jax.data.folders import printable
+from engram_jax.data.pipeline import held_out_batches, windows
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import require
-from engram_jax.files import write_whole
-from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.json_values import to_text
+from engram_jax.progress import reporting
+from engram_jax.training.evaluation import MEMORY_MODES, losses_by_memory
 from engram_jax.training.runs import RunFolder
 from experiments import cli, stores
+from experiments.results import require_output, write_result
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -33,11 +38,19 @@ _SPLIT = flags.DEFINE_string(
 )
 _FOLDER = flags.DEFINE_string("folder", "", "Other text than the run's own.")
 _GLOB = flags.DEFINE_string("glob", "*", "Which files of --folder are text.")
-_BATCHES = flags.DEFINE_integer("batches", 0, "At most so many; 0 for all.")
+_BATCHES = flags.DEFINE_integer(
+  "batches",
+  None,
+  "At most so many; 0 for all. If not set: all of the run's validation text, "
+  "and about 130,000 tokens of anything else.",
+)
 _OUT = flags.DEFINE_string("out", "", "Also write the figures to this JSON.")
 _STORE = stores.define_store()
 _PREFETCH = stores.define_prefetch()
 flags.mark_flag_as_required("workdir")
+
+#: Tokens that are read of a text which can be of any size.
+TOKENS = 2**17
 
 
 def evaluate(
@@ -47,7 +60,7 @@ def evaluate(
   split: str | None = None,
   folder: str = "",
   glob: str = "*",
-  max_batches: int = 0,
+  max_batches: int | None = None,
   prefetch: bool = True,
   **store_options: Any,
 ) -> dict:
@@ -55,42 +68,81 @@ def evaluate(
 
   What is not named here says where the rows live: see `stores.load`.
   """
-  require(max_batches >= 0, "batches", max_batches, "0 for all, or more")
+  valid = "0 for all, or more"
+  require(
+    max_batches is None or max_batches >= 0, "batches", max_batches, valid
+  )
   trained, store = stores.load(workdir, step=step, **store_options)
   data_config, train = trained.config.data, trained.config.train
   if folder:
     data_config = dataclasses.replace(
       data_config, folder=folder, glob=glob, tfds_name=""
     )
-  tokenizer_path = RunFolder(pathlib.Path(workdir).expanduser()).tokenizer
-  data = prepare(data_config, tokenizer_path=tokenizer_path)
+  run_folder = RunFolder.of(workdir)
   split = split or ("all" if folder else "validation")
-  losses = losses_by_memory(
-    trained.program,
-    trained.model,
-    trained.tables,
-    lambda: held_out_batches(
-      data,
-      split,
-      seq_len=train.seq_len,
-      batch_size=train.batch_size,
-      most=max_batches or None,
-    ),
-    store=store,
-    prefetch=prefetch,
+  data = prepare(
+    data_config,
+    tokenizer_path=run_folder.tokenizer,
+    exclude=[run_folder.path],
+    # A text that is read whole needs no part held out.
+    both_splits=not (folder and split == "all"),
+    progress=True,
   )
+  options = dict(seq_len=train.seq_len, tail=True if folder else None)
+  found = windows(data, split, **options)
+  present = -(-found.windows // train.batch_size)
+  if max_batches is None:
+    tokens = train.batch_size * train.seq_len
+    own = split == "validation" and not folder
+    max_batches = 0 if own else -(-TOKENS // tokens)
+  most = min(max_batches or present, present)
+  modes = MEMORY_MODES if trained.hashing else MEMORY_MODES[:1]
+  if most < present:
+    line = f"The first {most:,} of {present:,} batches; --batches=0 reads all"
+    print(line, file=sys.stderr, flush=True)
+
+  with reporting(
+    "Evaluating", total=most * len(modes), unit="batches"
+  ) as advance:
+
+    def batches():
+      for batch in held_out_batches(
+        data, split, batch_size=train.batch_size, most=most, **options
+      ):
+        yield batch
+        advance(1)
+
+    losses = losses_by_memory(
+      trained.program,
+      trained.model,
+      trained.tables,
+      batches,
+      store=store,
+      prefetch=prefetch,
+    )
   return {
     "workdir": str(workdir),
     "step": trained.step,
     "split": split,
-    "text": folder or "the run's own",
+    "text": printable(folder) if folder else "the run's own",
+    "batches": most,
+    "batches_present": present,
     "loss": losses,
-    "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+    "perplexity": {name: _perplexity(loss) for name, loss in losses.items()},
   }
+
+
+def _perplexity(loss: float) -> float | None:
+  """None beyond the largest number: JSON has no infinity."""
+  try:
+    return math.exp(loss)
+  except OverflowError:
+    return None
 
 
 def main(argv) -> None:
   del argv
+  out = require_output(_OUT.value) if _OUT.value else None
   found = evaluate(
     _WORKDIR.value,
     step=_STEP.value,
@@ -102,16 +154,19 @@ def main(argv) -> None:
     **_STORE(),
   )
   rows = [
-    (f"memory {name}", f"{loss:.4f} nats per token, perplexity {p:.2f}")
+    (
+      f"memory {name}",
+      f"{loss:.4f} nats per token, perplexity "
+      + ("over 1e308" if p is None else f"{p:.2f}"),
+    )
     for (name, loss), p in zip(
       found["loss"].items(), found["perplexity"].values()
     )
   ]
   title = f"{found['split']} split, step {found['step']}, {found['text']}"
   print(cli.table(rows, title))
-  if _OUT.value:
-    path = pathlib.Path(_OUT.value).expanduser()
-    write_whole(path, to_text(found))
+  if out is not None:
+    write_result(out, found)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.analysis.gates import gate_map, token_texts
 from engram_jax.analysis.plots import plot_gates, plot_loss
 from engram_jax.data.pipeline import windows
-from engram_jax.data.tokenizers import END_ID
+from engram_jax.data.tokenizers import END_ID, require_text
 from engram_jax.decoding.generate import generate_all
 from engram_jax.errors import require
 from engram_jax.files import write_whole
@@ -107,7 +107,11 @@ def draw_gates(result: RunResult) -> None:
   """The gates over a snippet of held-out text, if there is a memory."""
   if result.program.hashing is None:
     return
-  seq_len = min(SNIPPET, result.program.train.seq_len)
+  seq_len = min(
+    SNIPPET,
+    result.program.train.seq_len,
+    result.data.splits["validation"].tokens - 1,
+  )
   tokens = windows(result.data, "validation", seq_len=seq_len).read(0, seq_len)
   gates = gate_map(
     result.program.model_of(result.state),
@@ -146,11 +150,7 @@ def _figure(number: float | None, unit: str) -> str:
 def main(argv) -> None:
   del argv
   config = cli.frozen(_CONFIG.value)
-  require(_PROMPT.value, "prompt", repr(_PROMPT.value), "some text to continue")
-  try:
-    _PROMPT.value.encode()
-  except UnicodeEncodeError:
-    require(False, "prompt", ascii(_PROMPT.value), "text in UTF-8")
+  require_text("prompt", _PROMPT.value)  # before the work, not after it
   result = run(
     config,
     _WORKDIR.value,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from engram_jax.errors import InputError, require
 from engram_jax.files import write_whole
 from engram_jax.training.json_values import to_text
 
@@ -58,6 +59,28 @@ def command() -> str:
   spec = sys.modules["__main__"].__spec__
   name = f"-m {spec.name}" if spec else sys.argv[0]
   return shlex.join(["python", *name.split(), *sys.argv[1:]])
+
+
+def require_output(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
+  """The path of a file that can be written, before the work is done for it.
+
+  Raises:
+    InputError: a folder, or a place where this user cannot make a file.
+  """
+  try:
+    path = pathlib.Path(path).expanduser().absolute()
+  except RuntimeError as error:
+    raise InputError(field, path, f"a file ({error})") from None
+  require(not os.path.isdir(path), field, path, "a file: this is a folder")
+  parent = path.parent
+  while not os.path.lexists(parent):
+    parent = parent.parent
+  effective = os.access in os.supports_effective_ids
+  ok = os.path.isdir(parent) and os.access(
+    parent, os.W_OK | os.X_OK, effective_ids=effective
+  )
+  require(ok, field, path, f"a file in a folder that can be written: {parent}")
+  return path
 
 
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:

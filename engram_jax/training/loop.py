@@ -54,6 +54,7 @@ from engram_jax.training.starting import (
   find_origin,
   record_origin,
   state_from,
+  tokenizer_of,
 )
 from engram_jax.training.state import TrainState, abstract_model
 from engram_jax.training.step import make_train_step
@@ -127,7 +128,18 @@ def run(
     )
     processes.together(lambda: divergence.require_none(folder))
     say("Preparing the text (done once for each text and tokenizer) ...")
-    data = processes.together(lambda: prepare(config.data), main_first=True)
+    tokenizer_path = tokenizer_of(folder, origin)
+    if tokenizer_path is not None:
+      say(f"The tokenizer comes with the weights: {tokenizer_path}")
+    data = processes.together(
+      lambda: prepare(
+        config.data,
+        tokenizer_path=tokenizer_path,
+        exclude=[folder.path],
+        progress=progress,
+      ),
+      main_first=True,
+    )
     sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
     say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
     hashing, compression, iterator, evaluation = processes.together(

@@ -3,6 +3,8 @@
 Parameters, balancing biases and tables are another run's; the optimizer, the
 schedule, the data and their order begin anew. So the two may differ in whatever
 does not say what the weights are or mean (`FREE_FIELDS`); the rest is refused.
+The tokenizer is part of what they mean: it comes with them, and any other text
+is encoded with it.
 
 What a run started from is written in its folder, so that it starts from there
 again if it ends before its first checkpoint. From then on its own checkpoints
@@ -150,6 +152,24 @@ def find_origin(
   origin = Origin(source, step, constants)
   origin.require_same({"config": to_dict(config)})
   return origin
+
+
+def tokenizer_of(
+  folder: RunFolder, origin: Origin | None
+) -> pathlib.Path | None:
+  """The tokenizer that a run does not train: that of the weights it began with.
+
+  Args:
+    folder: of the run, which need not exist.
+    origin: from `find_origin`.
+
+  Returns:
+    Its file, in the other run's folder or, once the run has checkpoints, in its
+    own; None for a run that trains a tokenizer on its text.
+  """
+  if origin is not None:
+    return origin.folder.tokenizer
+  return folder.tokenizer if folder.origin.exists() else None
 
 
 def record_origin(folder: RunFolder, origin: Origin) -> None:
