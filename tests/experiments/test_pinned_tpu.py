@@ -20,7 +20,7 @@ from engram_jax.memory.quantization import unpack_rows
 from engram_jax.memory.stores import DeviceStore, PinnedStore
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
-from experiments.compile_for_pod import make_program
+from experiments.benchmarks.models import make_program
 from tests.experiments.micro import experiment
 from tests.libtpu import needs_libtpu
 
@@ -36,10 +36,15 @@ def micro(width=32):
   return dataclasses.replace(config, model=model)
 
 
+def micro_program():
+  config = micro()
+  return make_program(config.model, config.train)
+
+
 @pytest.fixture(scope="module")
 def tiny():
   """Model, tables [R, d], hash and compression; drawn by NumPy."""
-  program, random = make_program(micro(), None), np.random.default_rng(0)
+  program, random = micro_program(), np.random.default_rng(0)
 
   def drawn(path, leaf):
     value = 0.3 * random.normal(size=leaf.shape) + ("scale" in str(path))
@@ -104,7 +109,7 @@ def test_compiles_from_shapes_alone(home):
     micro(), device=jax.local_devices()[0], home=home, tokens=3, **SIZES
   )
   assert json.loads(json.dumps(record)) == record
-  rows = sum(make_program(micro(), None).hashing.num_rows.values())
+  rows = sum(micro_program().hashing.num_rows.values())
   assert record["tables_bytes"] == 33 * rows
   assert record["fits"] and record["copies_of_tables"] == 0
   assert record["host_memory"].keys() == {"argument", "output", "alias", "temp"}
@@ -135,7 +140,10 @@ def test_says_what_fits_and_where_the_tables_are():
     assert not pinned_tpu.holds_tables({**pinned, "host_memory": host}, 1)
   pinned["host_holds_tables"] = True
   records = [record("device", fits=False, refusal="Ran out of HBM"), pinned]
-  refused, fitting, reason = pinned_tpu.table(records).splitlines()[2:]
+  result = {"records": records, "verdict": pinned_tpu.verdict(records)}
+  table, aims = pinned_tpu.tables(result)
+  refused, fitting, reason = table.splitlines()[3:]
+  assert "host_holds_tables: True" in aims
   assert "NO, 2" in refused and "yes, 2" in fitting
   assert ["1.000", "0.500", "4.000", "0.000"] == fitting.split()[-6:-2]
   assert reason == "p on v5e:2x2, 1 tokens, device: Ran out of HBM"
