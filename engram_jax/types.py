@@ -21,6 +21,8 @@ RowIds = Int[Array, "B L K"]
 Table = Float[Array, "R d"]
 Rows = Float[Array, "B L K d"]
 Hidden = Float[Array, "B L G D"]
+#: A model with one residual stream may leave its axis out.
+AnyHidden = Hidden | Float[Array, "B L D"]
 Gates = Float[Array, "B L G"]
 
 

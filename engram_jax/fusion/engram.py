@@ -29,7 +29,7 @@ from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import ConvState, conv_reach, short_conv
 from engram_jax.norms import rms_norm
 from engram_jax.parameters import Metadata, param
-from engram_jax.types import Break, Breaks, Gates, Hidden, Rows
+from engram_jax.types import AnyHidden, Break, Breaks, Gates, Rows
 
 
 class EngramParams(NamedTuple):
@@ -56,12 +56,13 @@ class Fusion(NamedTuple):
   """What `fuse` returns.
 
   Attributes:
-    update: [B, L, G, D] in the compute dtype, to be added to the streams.
+    update: [B, L, G, D] in the compute dtype, to be added to the streams; or
+      [B, L, D], as the hidden state was given.
     state: the convolution's state for the next call; None without one.
     gates: float32 [B, L, G], alpha.
   """
 
-  update: Hidden
+  update: AnyHidden
   state: ConvState | None
   gates: Gates
 
@@ -118,7 +119,7 @@ def param_metadata(name: str) -> Metadata:
 
 def fuse(
   params: EngramParams,
-  hidden: Hidden,
+  hidden: AnyHidden,
   rows: Rows,
   *,
   dilation: int,
@@ -136,7 +137,8 @@ def fuse(
   Args:
     params: the layer's arrays. Without `conv_kernel` there is no convolution,
       without biases the projections are linear.
-    hidden: [B, L, G, D], the residual streams; any float dtype.
+    hidden: [B, L, G, D], the residual streams; any float dtype. A model of one
+      stream may give [B, L, D].
     rows: [B, L, K, d], what `lookup` read; any float dtype.
     dilation: positions between the convolution's taps.
     signed_sqrt: see `gating.py`.
@@ -151,8 +153,12 @@ def fuse(
     lengths: int32 [B], how many positions are real; see `short_conv`.
 
   Raises:
-    InputError: rows or hidden state whose widths do not fit the parameters.
+    InputError: rows or hidden state whose widths do not fit the parameters, or
+      that are not of the same positions [B, L].
   """
+  without_axis = hidden.ndim == 3
+  if without_axis:
+    hidden = hidden[:, :, None]
   width = rows.shape[-2] * rows.shape[-1]
   memory, outputs, size = params.projection.shape
   streams = outputs - 1
@@ -160,6 +166,8 @@ def fuse(
   require(width == memory, "rows", rows.shape, valid)
   valid = f"shape [B, L, {streams}, {size}]"
   require(hidden.shape[2:] == (streams, size), "hidden", hidden.shape, valid)
+  valid = f"shape [{hidden.shape[0]}, {hidden.shape[1]}, K, d], as hidden's"
+  require(rows.shape[:2] == hidden.shape[:2], "rows", rows.shape, valid)
 
   entry = rows.reshape(*rows.shape[:2], width).astype(dtype)
   weights = params.projection.astype(dtype)
@@ -196,6 +204,8 @@ def fuse(
     update = update + jax.nn.silu(convolved)
     if breaks is not None:
       update = jnp.where(is_text[..., None], update, 0)
+  if without_axis:
+    update = update[:, :, 0]
   return Fusion(update, state, gates)
 
 
@@ -242,7 +252,7 @@ class Engram(nnx.Module):
 
   def fuse(
     self,
-    hidden: Hidden,
+    hidden: AnyHidden,
     rows: Rows,
     *,
     state: ConvState | None = None,
@@ -262,14 +272,14 @@ class Engram(nnx.Module):
 
   def __call__(
     self,
-    hidden: Hidden,
+    hidden: AnyHidden,
     rows: Rows,
     *,
     state: ConvState | None = None,
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
-  ) -> tuple[Hidden, ConvState | None]:
-    """The update [B, L, G, D] to add to `hidden`, and the decode state.
+  ) -> tuple[AnyHidden, ConvState | None]:
+    """The update to add to `hidden`, of its shape, and the decode state.
 
     See `fuse` (the function) for arguments and errors.
     """

@@ -18,7 +18,7 @@ from engram_jax.fusion.engram import (
   param_shapes,
 )
 from engram_jax.fusion.short_conv import ConvState
-from engram_jax.types import Breaks, Hidden, Rows
+from engram_jax.types import AnyHidden, Breaks, Rows
 
 
 class Engram(nn.Module):
@@ -45,7 +45,7 @@ class Engram(nn.Module):
 
   def fuse(
     self,
-    hidden: Hidden,
+    hidden: AnyHidden,
     rows: Rows,
     *,
     state: ConvState | None = None,
@@ -65,13 +65,13 @@ class Engram(nn.Module):
 
   def __call__(
     self,
-    hidden: Hidden,
+    hidden: AnyHidden,
     rows: Rows,
     *,
     state: ConvState | None = None,
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
-  ) -> tuple[Hidden, ConvState | None]:
-    """The update [B, L, G, D] and the decode state, as `engram_jax.Engram`."""
+  ) -> tuple[AnyHidden, ConvState | None]:
+    """The update, shaped as `hidden`, and the decode state, as `engram_jax.Engram`."""
     fused = self.fuse(hidden, rows, state=state, breaks=breaks, lengths=lengths)
     return fused.update, fused.state

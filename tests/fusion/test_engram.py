@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -269,3 +270,31 @@ def test_refuses_widths_that_do_not_fit():
     engram(hidden, rows[:, :, :3])
   with pytest.raises(InputError, match=r"hidden: .*\[B, L, 2, 12\]"):
     engram(hidden[..., :11], rows)
+
+
+def test_a_model_of_one_stream_needs_no_axis_for_it():
+  engram = trained(config(streams=1))
+  hidden, rows = inputs(engram.config)
+  expected = engram.fuse(hidden, rows)
+  found = engram.fuse(hidden[:, :, 0], rows)
+  np.testing.assert_array_equal(found.update, expected.update[:, :, 0])
+  np.testing.assert_array_equal(found.gates, expected.gates)
+  variables = {"params": dict(nnx.to_pure_dict(nnx.state(engram)))}
+  update, _ = linen.Engram(engram.config).apply(
+    variables, hidden[:, :, 0], rows
+  )
+  np.testing.assert_array_equal(update, found.update)
+  with pytest.raises(InputError, match=r"^hidden: .*; valid: shape \[B, L, 2"):
+    trained(config())(hidden[:, :, 0], inputs(config())[1])
+
+
+def test_rows_of_other_positions_are_refused(monkeypatch):
+  engram = trained(config())
+  hidden, rows = inputs(engram.config)
+  # As for a user, without the annotations' own checks: these arrays broadcast.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  for wrong in (hidden[:1], hidden[:, :1]):
+    with pytest.raises(
+      InputError, match=r"^rows: .*; valid: shape \[\d+, \d+,"
+    ):
+      engram(wrong, rows)
