@@ -123,6 +123,7 @@ def run(
   def guarded(argv: Sequence[str]) -> None:
     # The programs say what they do themselves; Orbax and TFDS would say more.
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(_is_not_told_twice)
     try:
       with second_signal_ends():
         start_processes()
@@ -160,6 +161,16 @@ def run(
       processes.fail(1)
 
   app.run(guarded, flags_parser=parse)
+
+
+def _is_not_told_twice(record) -> bool:
+  """Whether a line of the log is to be seen.
+
+  Orbax and asyncio print the traceback of every write that fails, and the
+  error is raised as well.
+  """
+  raised = record.name == "asyncio" or "/orbax/" in record.pathname
+  return not (raised and record.levelno >= 40)  # ERROR
 
 
 def table(rows: Sequence[tuple[str, str]], title: str) -> str:

@@ -29,8 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 from engram_jax.errors import InputError, require
 from engram_jax.files import usable
@@ -142,7 +142,11 @@ class MetricsWriter:
       self._show(step, {f"{kind}/{name}": v for name, v in numbers.items()})
 
   def _show(self, step: int, numbers: Mapping[str, float]) -> None:
-    events = [Event(summary=scalar(name, v)) for name, v in numbers.items()]
+    values = [
+      Summary.Value(tag=re.sub(r"[^-/\w.]", "_", name), simple_value=number)
+      for name, number in numbers.items()
+    ]
+    events = [Event(summary=Summary(value=[value])) for value in values]
     with self._writing_tensorboard():
       if self._tensorboard is None:
         self._tensorboard_folder.mkdir(exist_ok=True)

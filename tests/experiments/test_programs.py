@@ -74,10 +74,18 @@ def test_pretrain_leaves_everything_a_user_looks_for(finished):
 def test_a_finished_run_started_again_only_reports(finished, program):
   workdir, _ = finished
   before = losses(workdir)
+  summary = json.loads((workdir / "summary.json").read_text())
+  # An empty folder there hides nothing.
+  (workdir / "checkpoints" / "20").mkdir()
   again = program("pretrain", f"--workdir={workdir}")
   assert again.returncode == 0, again.stderr
+  assert "left out: empty" in again.stderr
   assert "validation loss, with memory" in again.stdout
   assert losses(workdir) == before
+  text = (workdir / "summary.json").read_text()
+  found = json.loads(text, parse_constant=pytest.fail)
+  for name in ("tokens_per_second", "compile_seconds"):
+    assert found[name] == summary[name] > 0
 
 
 def test_sigterm_saves_and_the_restart_goes_on_bit_for_bit(
@@ -349,7 +357,14 @@ def test_a_step_that_is_not_finite_stops_the_run(program, tmp_path):
     "--config.model.init_std=1e30",
     "--config.train.eval_every=0",
   )
-  assert_one_line(done, ["step 1", "not applied"], status=1)
+  assert_one_line(done, ["step 1", "not applied"], status=3)
+  again = program(
+    "pretrain",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.model.init_std=1e30",
+    "--config.train.eval_every=0",
+  )
+  assert_one_line(again, ["step 1", "diverged.json"], status=3)
 
 
 def assert_one_line(done, words, status=2):

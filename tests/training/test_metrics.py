@@ -202,3 +202,23 @@ def test_tensorboard_gets_the_curves_and_purges_steps_run_again(tmp_path):
       (first, "train/gate_mean/layer_1/stream_0"),
       (first + 1, "eval/loss"),
     ]
+
+
+def test_a_full_disk_is_one_clear_line_and_no_half_record(tmp_path):
+  (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+  writer = MetricsWriter(tmp_path)
+  with pytest.raises(
+    InputError, match=r"^path: .*metrics\.jsonl; .*(No space|room)"
+  ):
+    for step in range(100):  # more than any queue holds
+      writer.write(step, {"loss": 1.0})
+  writer.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_cannot_be_written_is_named(tmp_path, name):
+  other = tmp_path / name
+  other.mkdir() if name == "metrics.jsonl" else other.write_text("x")
+  with pytest.raises(InputError, match=f"^path: .*{name}"):
+    with MetricsWriter(tmp_path) as writer:
+      writer.write(1, {"loss": 1.0})
