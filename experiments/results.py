@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -75,12 +76,12 @@ def require_output(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
   parent = path.parent
   while not os.path.lexists(parent):
     parent = parent.parent
-  effective = os.access in os.supports_effective_ids
-  ok = os.path.isdir(parent) and os.access(
-    parent, os.W_OK | os.X_OK, effective_ids=effective
-  )
-  require(ok, field, path, f"a file in a folder that can be written: {parent}")
-  return path
+  try:
+    with tempfile.TemporaryFile(dir=parent):
+      return path
+  except OSError as error:
+    valid = f"a file in a folder that can be written to ({error.strerror})"
+    raise InputError(field, path, valid) from None
 
 
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:

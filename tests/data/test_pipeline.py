@@ -7,7 +7,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from engram_jax.data.pipeline import PackedWindows, batches, windows
+from engram_jax.data.pipeline import (
+  PackedWindows,
+  batches,
+  held_out_batches,
+  windows,
+)
 from engram_jax.data.text_dataset import read_index, read_pieces
 from engram_jax.errors import InputError
 from engram_jax.types import Break
@@ -79,6 +84,53 @@ def test_windows_by_hand():
   }
   with pytest.raises(IndexError):
     source[2]
+
+
+def test_a_text_shorter_than_a_window_is_padded():
+  documents = [[10, 11, 1], [20, 21, 1]]
+  with pytest.raises(InputError, match=r"^seq_len: 8; valid: at most 5: there"):
+    packed(documents, seq_len=8)
+  source = packed(documents, seq_len=8, tail=True, multiple_of=2)
+  assert (source.windows, len(source)) == (1, 2)
+  window = source[0]
+  assert window["inputs"].tolist() == [10, 11, 1, 20, 21, 0, 0, 0]
+  assert window["targets"].tolist() == [11, 1, 20, 21, 1, 0, 0, 0]
+  assert window["breaks"].tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
+  assert (
+    window["loss_mask"].tolist()
+    == [True] * 2 + [False] + [True] * 2 + [False] * 3
+  )
+  assert not source[1]["loss_mask"].any()
+
+
+@pytest.mark.parametrize("seq_len", range(1, 8))
+def test_with_its_tail_every_token_counts_once(seq_len):
+  documents = [[10, 11, 12, 1], [20, 1]]
+  source = packed(documents, seq_len=seq_len, tail=True)
+  counted = [
+    token
+    for window in source
+    for token in window["targets"][window["loss_mask"]].tolist()
+  ]
+  assert counted == [11, 12, 1, 1]
+
+
+def test_held_out_batches_of_a_short_split(prepared):
+  tokens = prepared.splits["validation"].tokens
+  options = dict(seq_len=tokens + 5, batch_size=2)
+  (batch,) = held_out_batches(prepared, "validation", **options)
+  assert batch["inputs"].shape == (2, tokens + 5)
+  documents = prepared.splits["validation"].documents
+  assert batch["loss_mask"].sum() == tokens - documents
+  with pytest.raises(InputError, match=r"^seq_len: "):
+    held_out_batches(prepared, "validation", tail=False, **options)
+  # Of a longer split the tail counts only if it is asked for.
+  options = dict(seq_len=tokens // 3 * 2, batch_size=2)
+  for tail, windows_ in ((None, 1), (True, 2)):
+    (batch,) = held_out_batches(prepared, "validation", tail=tail, **options)
+    assert batch["loss_mask"].any(axis=1).sum() == windows_
+  with pytest.raises(InputError, match=r"^tail: True; valid: False with drop"):
+    batches(prepared, "train", seq_len=8, batch_size=2, tail=True)
 
 
 def test_a_window_that_ends_where_a_document_does():

@@ -153,6 +153,107 @@ def test_a_split_without_documents(prepared, tmp_path, small_config):
   assert 0 in [info.tokens for info in result.splits.values()]
 
 
+def one_file(tmp_path, text, **changes):
+  folder = tmp_path / "one"
+  folder.mkdir()
+  (folder / "input.txt").write_bytes(text.encode())
+  fields = {"vocab_size": 270, "validation_percent": 10} | changes
+  return DataConfig(
+    folder=str(folder), glob="*.txt", data_dir=str(tmp_path / "data"), **fields
+  )
+
+
+def test_of_one_file_the_end_is_held_out(tmp_path, caplog):
+  lines = [f"line {i} of this text, all of them unlike\n" for i in range(400)]
+  config = one_file(tmp_path, "".join(lines))
+  prepared = prepare(config)
+  assert prepared.ends_held_out
+  train, held_out = (
+    texts_of(prepared, split)["input.txt"] for split in sources.SPLITS
+  )
+  assert train + held_out == "".join(lines)
+  assert train.endswith("\n") and held_out.splitlines(True)[-1] == lines[-1]
+  assert 0.05 < len(held_out) / len(train + held_out) < 0.15
+  assert "of each the last 10 % are held out" in caplog.text
+  # The same at each start, which says so again.
+  caplog.clear()
+  assert prepare(config).splits == prepared.splits
+  assert "of each the last 10 % are held out" in caplog.text
+  # And the tokenizer is not trained on it.
+  path = tmp_path / "one" / "input.txt"
+  path.write_text(train + "§" * len(held_out))
+  assert prepare(config).tokenizer.to_str() == prepared.tokenizer.to_str()
+
+
+@pytest.mark.parametrize("text", ("ab", "a b", "\n" * 9, "x" * 999, "ä\r\nö"))
+def test_something_of_any_text_is_held_out(tmp_path, text):
+  prepared = prepare(one_file(tmp_path, text))
+  parts = [texts_of(prepared, split)["input.txt"] for split in sources.SPLITS]
+  assert all(parts) and "".join(parts) == text
+
+
+def test_of_one_character_nothing_can_be_held_out(tmp_path):
+  with pytest.raises(InputError, match=r"^folder: .*/one; .* one character"):
+    prepare(one_file(tmp_path, "a"))
+
+
+def test_files_on_one_side_alone_are_cut_too(tmp_path, small_config):
+  """Two files of which the hash holds out both, or one that is no text."""
+  config = small_config(validation_percent=99)
+  assert prepare(config).ends_held_out
+  for percent in (5, 40):
+    other = small_config(validation_percent=percent)
+    names = [path.name for path in pathlib.Path(other.folder).rglob("*.py")]
+    prepared = prepare(other)
+    sizes = [info.documents for info in prepared.splits.values()]
+    expected = 2 * len(names) if prepared.ends_held_out else len(names)
+    assert sum(sizes) == expected and all(sizes)
+
+
+def test_a_small_registered_dataset_is_cut(tmp_path):
+  config = DataConfig(
+    tfds_name="tiny_stories",
+    data_dir=str(tmp_path),
+    vocab_size=300,
+    validation_percent=1,
+  )
+  prepared = prepare(config)
+  assert prepared.ends_held_out
+  counts = [info.documents for info in prepared.splits.values()]
+  assert counts == [50, 50]
+
+
+def test_outputs_in_the_folder_change_nothing(tmp_path, small_config, caplog):
+  """A run's folder, prepared text and a run that is about to begin."""
+  config = small_config(glob="*")
+  first = prepare(config)
+  corpus = tmp_path / "corpus"
+  inside = dataclasses.replace(config, data_dir=str(corpus / "data"))
+  assert prepare(inside).splits == first.splits
+  (corpus / "runs" / "a").mkdir(parents=True)
+  (corpus / "runs" / "a" / "notes.txt").write_text("not known as a run's yet")
+  again = prepare(inside, exclude=[corpus / "runs" / "a"])
+  assert again.splits == first.splits
+  assert "prepared text: data" not in caplog.text  # it is the program's own
+  assert "the program's own folder: data and 1 more" in caplog.text
+  caplog.clear()
+  (corpus / "runs" / "a" / "metrics.jsonl").write_text("{}")
+  (corpus / "runs" / "a" / "config.json").write_text("{}")
+  assert prepare(config).splits == first.splits
+  assert "the folder of a run: runs/a" in caplog.text
+  assert "prepared text: data/" in caplog.text
+
+
+def test_damaged_prepared_text_is_one_line(tmp_path, small_config):
+  config = small_config()
+  folder = prepare(config).folder
+  whole = (folder / "prepared.json").read_text()
+  for content in ("", whole[:50], "[]", "{}"):
+    (folder / "prepared.json").write_text(content)
+    with pytest.raises(InputError, match=r"^data_dir: .*its folder is removed"):
+      prepare(config)
+
+
 def test_files_that_are_no_text_are_counted(tmp_path, caplog, small_config):
   config = small_config()
   (tmp_path / "corpus" / "latin.py").write_bytes(b"caf\xe9 " * 100)

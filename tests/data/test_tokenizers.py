@@ -1,6 +1,8 @@
 """Tests of the byte-level tokenizer."""
 
 import json
+import os
+import random
 
 import pytest
 
@@ -57,6 +59,61 @@ def test_a_small_corpus_gives_the_size_that_it_gives():
   assert lib.train_tokenizer(TEXTS, vocab_size=258).get_vocab_size() == 258
   with pytest.raises(InputError, match="vocab_size: 257; valid: at least 258"):
     lib.train_tokenizer(TEXTS, vocab_size=257)
+
+
+def unbroken(characters, alphabet="abcdefghij"):
+  return "".join(random.Random(0).choices(alphabet, k=characters))
+
+
+@pytest.mark.parametrize("space", ("", "one two, 3 ", "\n\n"))
+def test_words_without_end_are_cut_for_training(space):
+  """Merges see pieces of one length, whatever surrounds a word."""
+  word = unbroken(512 * 8 + 100)
+  found = lib.train_tokenizer([space + word + space], vocab_size=300)
+  first = " " * space.endswith(" ") + word  # a space belongs to the word
+  pieces = [first[i : i + 512] for i in range(0, len(first), 512)]
+  parts = [space.removesuffix(" "), *pieces, space]
+  assert found.to_str() == lib.train_tokenizer(parts, vocab_size=300).to_str()
+  assert found.decode(encode(found, word)) == word
+
+
+def test_ordinary_text_is_not_cut(tokenizer, monkeypatch):
+  # Lines without a space, of words that are short.
+  texts = ["a1" * 5000, "x = [" + "1,2," * 5000, *TEXTS]
+  found = lib.train_tokenizer(texts, vocab_size=300).to_str()
+  monkeypatch.setattr(lib, "WORD_CHARACTERS", 10**9)
+  assert lib.train_tokenizer(texts, vocab_size=300).to_str() == found
+
+
+def test_so_much_of_long_words_and_no_more(monkeypatch, caplog):
+  monkeypatch.setattr(lib, "LONG_WORDS_CHARACTERS", 2048)
+  word = unbroken(5000)
+  found = lib.train_tokenizer([word, *TEXTS], vocab_size=300)
+  assert "without 2952 of 5000 characters of words longer" in caplog.text
+  pieces = [word[i : i + 512] for i in range(0, 2048, 512)]
+  part = lib.train_tokenizer([*pieces, *TEXTS], vocab_size=300)
+  assert found.to_str() == part.to_str()
+
+
+def test_a_text_without_lines_or_words_is_cut_too(tokenizer):
+  words = "word, 12 " * 100_000
+  parts = list(lib.segments(words))
+  assert len(parts) > 2 and "".join(parts) == words
+  assert max(map(len, parts)) <= 2 * lib.SEGMENT_CHARACTERS
+  ids = [i for part in parts for i in encode(tokenizer, part)]
+  assert ids == encode(tokenizer, words)
+  run = unbroken(1_000_000)
+  parts = list(lib.segments(run))
+  assert "".join(parts) == run
+  assert max(map(len, parts)) <= 2 * lib.SEGMENT_CHARACTERS
+
+
+def test_what_cannot_be_encoded_is_refused():
+  lib.require_text("prompt", "caf\xe9")
+  for text in ("", os.fsdecode(b"caf\xe9")):
+    with pytest.raises(InputError, match=r"^prompt: ") as raised:
+      lib.require_text("prompt", text)
+    str(raised.value).encode()
 
 
 def test_save_and_load(tokenizer, tmp_path):
