@@ -11,10 +11,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from engram_jax.config_dicts import from_dict, to_dict
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, NonFiniteError
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
-from engram_jax.training.loop import NonFiniteError
+from experiments import console
 
 
 def as_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
@@ -98,8 +98,17 @@ def run(
   """
 
   def fail(message: str, status: int) -> None:
+    console.stdout_failure()
     print(f"error: {message}", file=sys.stderr)
     processes.fail(status)
+
+  def check_stdout() -> None:
+    failure = console.stdout_failure()
+    if isinstance(failure, BrokenPipeError):
+      # As of `head`: who read has read enough, and that is no error to tell.
+      processes.fail(console.READER_GONE)
+    if failure is not None:
+      fail(f"stdout: {failure.strerror}; valid: a place to write to", 1)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
@@ -112,10 +121,12 @@ def run(
   def guarded(argv: Sequence[str]) -> None:
     # The programs say what they do themselves; Orbax and TFDS would say more.
     logging.set_verbosity(logging.WARNING)
+    console.prepare_stdout()
     try:
       start_processes()
       with processes.saying_what_was_lost():
         main(argv)
+        check_stdout()
         processes.shut_down()
     except InputError as error:
       fail(str(error), 2)
@@ -124,7 +135,11 @@ def run(
     except processes.ProcessLostError as error:
       print(f"error: {error}", file=sys.stderr)
       processes.leave(1)
-    except Exception:
+    except Exception as error:
+      check_stdout()
+      if "Unable to initialize backend" in str(error):
+        # What JAX_PLATFORMS asks for is not there.
+        fail(" ".join(str(error).split()), 1)
       if not jax.distributed.is_initialized():
         raise
       traceback.print_exc()

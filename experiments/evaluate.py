@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -85,8 +86,13 @@ def evaluate(
     "split": split,
     "text": folder or "the run's own",
     "loss": losses,
-    "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+    "perplexity": {name: _perplexity(loss) for name, loss in losses.items()},
   }
+
+
+def _perplexity(loss: float) -> float | None:
+  """None where it is beyond the largest number, as of a model that diverged."""
+  return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def main(argv) -> None:
@@ -102,7 +108,11 @@ def main(argv) -> None:
     **_STORE(),
   )
   rows = [
-    (f"memory {name}", f"{loss:.4f} nats per token, perplexity {p:.2f}")
+    (
+      f"memory {name}",
+      f"{loss:.4f} nats per token, perplexity "
+      + ("above 1e308" if p is None else f"{p:.2f}"),
+    )
     for (name, loss), p in zip(
       found["loss"].items(), found["perplexity"].values()
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from engram_jax.errors import NonFiniteError
 from engram_jax.files import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -65,7 +66,11 @@ def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   path = pathlib.Path(path).expanduser()
   path.parent.mkdir(parents=True, exist_ok=True)
   whole = {"command": command(), **result, "environment": environment()}
-  write_whole(path, json.dumps(whole, indent=2) + "\n")
+  try:
+    text = json.dumps(whole, indent=2, allow_nan=False)
+  except ValueError:
+    raise NonFiniteError(f"{path}: a number of the result is none") from None
+  write_whole(path, text + "\n")
 
 
 def _cpu_model() -> str:

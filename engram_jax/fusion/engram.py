@@ -27,6 +27,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import ConvState, conv_reach, short_conv
+from engram_jax.memory.breaks import require_breaks
 from engram_jax.norms import rms_norm
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows
 
@@ -134,7 +135,8 @@ def fuse(
     lengths: int32 [B], how many positions are real; see `short_conv`.
 
   Raises:
-    InputError: rows or hidden state whose widths do not fit the parameters.
+    InputError: rows or hidden state whose widths do not fit the parameters;
+      breaks that are none (outside jit).
   """
   width = rows.shape[-2] * rows.shape[-1]
   memory, outputs, size = params.projection.shape
@@ -161,6 +163,7 @@ def fuse(
   )
   gates = gate_values(scores, signed_sqrt=signed_sqrt)
   if breaks is not None:
+    require_breaks(breaks)
     is_text = (breaks != Break.NON_TEXT)[..., None]
     gates = jnp.where(is_text, gates, 0)
   update = gates[..., None].astype(dtype) * value

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from engram_jax import sharding
 from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
-from engram_jax.errors import InputError, require
+from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
@@ -51,10 +51,6 @@ from engram_jax.training.starting import (
 )
 from engram_jax.training.state import TrainState, abstract_model
 from engram_jax.training.step import make_train_step
-
-
-class NonFiniteError(RuntimeError):
-  """A loss or gradient is not finite: the step, and the metric to look at."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
