@@ -20,6 +20,7 @@ from engram_jax.fusion import linen
 from engram_jax.fusion.engram import Engram, EngramParams, Fusion, fuse
 from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import short_conv
+from engram_jax.memory.breaks import breaks_from_segments
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.lookup import Lookup
@@ -67,6 +68,7 @@ __all__ = [
   "TrainConfig",
   "Transformer",
   "YarnConfig",
+  "breaks_from_segments",
   "dense",
   "fuse",
   "gate_scores",

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
-from engram_jax.errors import require
+from engram_jax.errors import require, require_integer, require_seed
 
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dropless", "bucketed", "ragged")
@@ -27,6 +27,24 @@ def require_positive(config: Any, *names: str) -> None:
     value = getattr(config, name)
     valid = "a finite number above 0"
     require(0 < value < math.inf, name, value, valid)
+
+
+def require_integers(config: Any) -> None:
+  """Refuses fields that are annotated as integers and are none.
+
+  What float, or what integer beyond int32, would be rounded or cut off by the
+  arrays and programs that are made of it. Seeds have a range of their own.
+  """
+  for field in dataclasses.fields(config):
+    hint, value = str(field.type), getattr(config, field.name)
+    hint = field.type.__name__ if isinstance(field.type, type) else hint
+    if hint.startswith("tuple[int") and isinstance(value, (tuple, list)):
+      for i, item in enumerate(value):
+        require_integer(f"{field.name}[{i}]", item)
+    elif field.name == "seed":
+      require_seed(field.name, value)
+    elif hint == "int" or (hint == "int | None" and value is not None):
+      require_integer(field.name, value, high=2**31)
 
 
 def require_one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
@@ -90,9 +108,9 @@ class EngramConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(self, "hidden_size", "heads", "head_dim", "streams")
     require_positive(self, "conv_kernel_size")
-    require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
     require_positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
     require_one_of(self, "dtype", DTYPES)
     unique = len(set(self.layers)) == len(self.layers)
@@ -165,6 +183,7 @@ class YarnConfig:
   temperature: float = 0.707
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(self, *(f.name for f in dataclasses.fields(self)))
     require(self.scale >= 1, "scale", self.scale, "a number >= 1")
     ok = self.slow_turns < self.fast_turns
@@ -199,6 +218,7 @@ class AttentionConfig:
   block_size: int = 0
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(self, "num_heads", "nope_dim", "rope_dim", "value_dim")
     require_positive(self, "kv_rank", "rope_theta")
     require(self.block_size >= 0, "block_size", self.block_size, ">= 0")
@@ -234,6 +254,7 @@ class MoEConfig:
   balance_loss: float = 1e-4
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(
       self, "num_experts", "top_k", "expert_size", "capacity_factor"
     )
@@ -294,6 +315,7 @@ class ModelConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(
       self, "vocab_size", "hidden_size", "num_layers", "dense_size"
     )

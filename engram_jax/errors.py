@@ -1,11 +1,13 @@
 """One kind of error for bad input, one clear line each.
 
 Library code raises `InputError` for what a user can mend: a config field, an
-array of the wrong shape, a file of another model. The programs under
-`experiments/` print its message alone; every other exception is a defect and
-keeps its traceback.
+array of the wrong shape, a file of another model; and `NonFiniteError` where a
+number that is none would become a result. The programs under `experiments/`
+print the message alone; every other exception is a defect and keeps its
+traceback.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -38,6 +40,13 @@ class InputError(ValueError):
     return type(self), (self.field, self.value, self.valid)
 
 
+class NonFiniteError(RuntimeError):
+  """A number that is not finite would become a result: which, and where.
+
+  Not a user's mistake in one field: training diverged, or a file was damaged.
+  """
+
+
 def first_line(error: BaseException) -> str:
   """What an exception of others says, or its kind if it says nothing."""
   return (str(error).splitlines() or [type(error).__name__])[0]
@@ -47,6 +56,81 @@ def require(condition: Any, field: str, value: Any, valid: str) -> None:
   """Raises `InputError(field, value, valid)` unless `condition` holds."""
   if not condition:
     raise InputError(field, value, valid)
+
+
+def require_integer(
+  field: str, value: Any, *, low: int | None = None, high: int | None = None
+) -> int:
+  """`value` as a Python integer; refuses all that would have to be rounded.
+
+  Args:
+    field: the name to blame.
+    value: an `int`, or an integer of NumPy; no `bool`.
+    low: smallest valid value; None for any.
+    high: one past the largest valid value; None for any.
+
+  Raises:
+    InputError: not an integer, or outside `low <= value < high`.
+  """
+  bounds = f"{low} <= " * (low is not None) + "n"
+  bounds += f" < {high}" * (high is not None)
+  valid = "an integer" + f", {bounds}" * (bounds != "n")
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise InputError(field, repr(value), valid) from None
+  ok = not isinstance(value, (bool, np.bool_))
+  ok = ok and (low is None or number >= low)
+  require(ok and (high is None or number < high), field, value, valid)
+  return number
+
+
+def require_seed(field: str, value: Any) -> int:
+  """A seed that JAX and NumPy tell from every other.
+
+  `jax.random.key` keeps 32 bits: 2**32 would draw what 0 draws, and -1 what
+  2**32 - 1 does.
+
+  Raises:
+    InputError: not an integer, or outside 0 <= seed < 2**32.
+  """
+  return require_integer(field, value, low=0, high=2**32)
+
+
+def require_finite(name: str, values: Any) -> None:
+  """Refuses numbers that are not finite, where they are known.
+
+  Args:
+    name: what they are, e.g. `gates[1]`; the place of the first is added.
+    values: array or number, concrete or traced; nothing is done for the
+      latter.
+
+  Raises:
+    NonFiniteError: one of them is not finite.
+  """
+  if isinstance(values, jax.core.Tracer):
+    return
+  values = np.asarray(values)
+  # NumPy does not know of bfloat16 as a float.
+  wrong = np.argwhere(~np.isfinite(values.astype(np.float64)))
+  if len(wrong):
+    place = tuple(wrong[0].tolist())
+    at = f"[{', '.join(map(str, place))}]" * bool(place)
+    raise NonFiniteError(f"{name}{at} is {values[place]}: not a finite number")
+
+
+def first_nonfinite(tree: Any) -> str | None:
+  """Name of the first array of a pytree that is not finite; None if all are.
+
+  Every array is read: for messages only.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+      continue
+    if not bool(jnp.isfinite(leaf).all()):
+      return jax.tree_util.keystr(path)
+  return None
 
 
 def require_in_range(field: str, ids: Any, *, low: int, high: int) -> None:

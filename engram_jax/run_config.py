@@ -7,7 +7,12 @@ every checkpoint. The configs of the experiments are in `experiments/configs/`.
 import dataclasses
 import math
 
-from engram_jax.config import ModelConfig, require_one_of, require_positive
+from engram_jax.config import (
+  ModelConfig,
+  require_integers,
+  require_one_of,
+  require_positive,
+)
 from engram_jax.errors import InputError, require
 
 OPTIMIZERS = ("adamw", "muon")
@@ -46,6 +51,7 @@ class DataConfig:
   validation_percent: int = 5
 
   def __post_init__(self):
+    require_integers(self)
     require(
       0 < self.validation_percent < 100,
       "validation_percent",
@@ -136,6 +142,7 @@ class TrainConfig:
   seed: int = 0
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(self, "steps", "batch_size", "seq_len", "accumulation")
     require_positive(self, "learning_rate", "clip_norm", "checkpoint_every")
     require_positive(self, "keep_last", "log_every", "eval_batches", "adam_eps")
@@ -205,6 +212,7 @@ class MeshConfig:
   lookup_capacity: float = 1.0
 
   def __post_init__(self):
+    require_integers(self)
     require_positive(self, "expert", "tensor", "lookup_capacity")
     require(self.data >= 0, "data", self.data, ">= 0; 0 for what is left")
     valid = ">= 0; 0 for what is left, if data is not"

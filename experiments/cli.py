@@ -21,11 +21,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from engram_jax.config_dicts import from_dict, to_dict
-from engram_jax.errors import InputError, first_line
+from engram_jax.errors import InputError, NonFiniteError, first_line
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
 from engram_jax.training.divergence import DivergedError
 from engram_jax.training.stopping import StoppedError, second_signal_ends
+from experiments import console
 
 
 def as_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
@@ -109,8 +110,17 @@ def run(
   """
 
   def fail(message: str, status: int) -> None:
+    console.stdout_failure()
     print(f"error: {message}", file=sys.stderr)
     processes.fail(status)
+
+  def check_stdout() -> None:
+    failure = console.stdout_failure()
+    if isinstance(failure, BrokenPipeError):
+      # As of `head`: who read has read enough, and that is no error to tell.
+      processes.fail(console.READER_GONE)
+    if failure is not None:
+      fail(f"stdout: {failure.strerror}; valid: a place to write to", 1)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
@@ -124,28 +134,28 @@ def run(
     # The programs say what they do themselves; Orbax and TFDS would say more.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(_is_not_told_twice)
+    console.prepare_stdout()
     try:
       with second_signal_ends():
         start_processes()
         with processes.saying_what_was_lost():
           main(argv)
-          sys.stdout.flush()
+          check_stdout()
           processes.shut_down()
     except InputError as error:
       fail(str(error), 2)
     except DivergedError as error:
       fail(str(error), 3)
+    except NonFiniteError as error:
+      fail(str(error), 1)
     except StoppedError as error:
       fail(str(error), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
       # Not by way of the interpreter's end, which waits for every thread.
       print("error: interrupted", file=sys.stderr)
       processes.leave(128 + signal.SIGINT)
-    except BrokenPipeError:
-      # Whoever read the output has gone, as `head` does.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      processes.leave(128 + signal.SIGPIPE)
     except OSError as error:
+      check_stdout()
       # The system's refusals that nothing nearer has put in words.
       what = error.filename or type(error).__name__
       fail(f"{what}: {error.strerror or first_line(error)}", 2)
@@ -154,7 +164,11 @@ def run(
     except processes.ProcessLostError as error:
       print(f"error: {error}", file=sys.stderr)
       processes.leave(1)
-    except Exception:
+    except Exception as error:
+      check_stdout()
+      if "Unable to initialize backend" in str(error):
+        # What JAX_PLATFORMS asks for is not there.
+        fail(" ".join(str(error).split()), 1)
       if not jax.distributed.is_initialized():
         raise
       traceback.print_exc()

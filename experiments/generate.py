@@ -16,8 +16,8 @@ from absl import flags
 from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
-from engram_jax.errors import require
-from experiments import cli, stores
+from engram_jax.errors import require, require_seed
+from experiments import cli, console, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -36,10 +36,13 @@ flags.mark_flag_as_required("workdir")
 
 def main(argv) -> None:
   del argv
-  trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
-  tokenizer, prompts = trained.tokenizer, _PROMPT.value
+  console.require_stdout()
+  require_seed("seed", _SEED.value)
+  prompts = [console.argument_text("prompt", text) for text in _PROMPT.value]
   for prompt in prompts:
     require(prompt, "prompt", repr(prompt), "some text to continue")
+  trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
+  tokenizer = trained.tokenizer
   steps = generate(
     trained.model,
     trained.tables or None,

@@ -1,6 +1,7 @@
 """Results as JSON: the figures, and what one needs to get them again."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -13,9 +14,8 @@ from typing import Any
 
 import jax
 
-from engram_jax.errors import InputError, require
+from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.files import write_whole
-from engram_jax.training.json_values import to_text
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -89,7 +89,11 @@ def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   path = pathlib.Path(path).expanduser()
   path.parent.mkdir(parents=True, exist_ok=True)
   whole = {"command": command(), **result, "environment": environment()}
-  write_whole(path, to_text(whole))
+  try:
+    text = json.dumps(whole, indent=2, allow_nan=False)
+  except ValueError:
+    raise NonFiniteError(f"{path}: a number of the result is none") from None
+  write_whole(path, text + "\n")
 
 
 def _cpu_model() -> str:

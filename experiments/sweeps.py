@@ -9,7 +9,7 @@ import numpy as np
 from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.pipeline import held_out_batches
-from engram_jax.errors import require
+from engram_jax.errors import NonFiniteError, require
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
@@ -98,9 +98,12 @@ def train_seeds(
   records = []
   for seed in seeds:
     seeded = changed(config, {"train.seed": seed})
-    record = train_once(
-      seeded, workdir / f"{name}-seed{seed}", eval_batches=eval_batches
-    )
+    try:
+      record = train_once(
+        seeded, workdir / f"{name}-seed{seed}", eval_batches=eval_batches
+      )
+    except NonFiniteError as error:
+      raise NonFiniteError(f"{name}, seed {seed}: {error}") from None
     print(f"{name}, seed {seed}: {record['loss']['on']:.4f}", flush=True)
     records.append(record)
   return records

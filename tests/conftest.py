@@ -51,6 +51,16 @@ def programs_compile_fast():
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
+@pytest.fixture
+def types_unchecked():
+  """Annotations are not checked, as for a user: what does the code itself?"""
+  from jaxtyping import config
+
+  config.update("jaxtyping_disable", True)
+  yield
+  config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
   """The folder of reference values."""

@@ -385,3 +385,34 @@ def test_which_blocks_have_experts():
   model = ModelConfig(**MODEL, moe=MoEConfig(**MOE), num_dense_layers=1)
   assert [model.is_moe(layer) for layer in range(2)] == [False, True]
   assert not ModelConfig(**MODEL).is_moe(1)
+
+
+@pytest.mark.parametrize(
+  "make, name, value",
+  [
+    (lambda **x: TrainConfig(**STEPS | x), "seed", 2**32),
+    (lambda **x: TrainConfig(**STEPS | x), "seed", -1),
+    (lambda **x: TrainConfig(**STEPS | x), "seed", 1.5),
+    (lambda **x: TrainConfig(**STEPS | x), "steps", 2**31),
+    (lambda **x: TrainConfig(**STEPS | x), "steps", 10.5),
+    (lambda **x: TrainConfig(**STEPS | x), "batch_size", True),
+    (lambda **x: EngramConfig(**MEMORY | x), "seed", 2**32),
+    (lambda **x: EngramConfig(**MEMORY | x), "seed", -1),
+    (lambda **x: EngramConfig(**MEMORY | x), "heads", 2.0),
+    (lambda **x: EngramConfig(**MEMORY | x), "conv_dilation", 1.5),
+    (lambda **x: EngramConfig(**MEMORY | x), "rows_per_head", (10.5,)),
+    (lambda **x: AttentionConfig(**x), "kv_rank", 2.5),
+    (lambda **x: DataConfig(**x), "vocab_size", 300.0),
+    (lambda **x: MeshConfig(**x), "expert", 1.0),
+  ],
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_numbers_that_would_be_rounded_or_cut_off_are_refused(
+  make, name, value
+):
+  with pytest.raises(InputError, match=rf"^{name}[^ ]*: .*integer"):
+    make(**{name: value})
+
+
+STEPS = {"steps": 1, "batch_size": 1, "seq_len": 1}
+MEMORY = {"hidden_size": 4, "layers": (0,), "rows_per_head": (10,)}

@@ -7,16 +7,18 @@ columns; every token stands on a box in the colour of its gate.
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib import font_manager
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from engram_jax.analysis.agg import (
+  Axes,
+  Figure,
+  Normalize,
+  PolyCollection,
+  ScalarMappable,
+  font_manager,
+  matplotlib,
+)
 from engram_jax.analysis.text_layout import NEWLINE_MARK, TextLayout
 from engram_jax.errors import require
 

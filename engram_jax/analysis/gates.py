@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.text import TextStream
-from engram_jax.errors import require
+from engram_jax.errors import require, require_finite, require_in_range
+from engram_jax.memory.breaks import require_integers
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.retrieval import Tables, retrieve
@@ -45,13 +46,21 @@ def gate_map(
   Raises:
     InputError: a model without memory, no tokens, ids outside the vocabulary,
       or tables that do not fit the hash.
+    NonFiniteError: a gate is not finite; the message has layer, position and
+      stream.
   """
   memory = model.config.engram
   require(memory is not None, "model.config.engram", None, "a memory")
   require(token_ids.size > 0, "token_ids", "no tokens", "one or more tokens")
+  require_integers("token_ids", token_ids)
+  # Before int32 cuts larger ones off.
+  size = compression.vocab_size
+  require_in_range("token_ids", token_ids, low=0, high=size)
   ids = jnp.asarray(token_ids, jnp.int32)[None]
   rows = retrieve(tables, hashing, compression(ids)).rows
   gates = jax.device_get(_gates(model, ids, rows))
+  for layer, gate in gates.items():
+    require_finite(f"gates of layer {layer}", gate[0])
   return {layer: gate[0] for layer, gate in gates.items()}
 
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from engram_jax.analysis.agg import Axes, Figure, FigureCanvasAgg
 from engram_jax.analysis.gate_pages import gate_pages
 from engram_jax.analysis.text_layout import layout_tokens
 from engram_jax.errors import require
@@ -93,6 +91,7 @@ def plot_loss(
   valid = "one or more records"
   require(len(records_train) > 0, "records_train", "none", valid)
   steps, losses = _curve("records_train", records_train)
+  missing = _not_finite(losses)
   figure, axes = _figure(title, xlabel="step", ylabel="loss (nats per token)")
   # A twenty-fifth of the run: smooth, and still quick to turn.
   line = smooth(losses, reach=len(losses) // 50)
@@ -105,10 +104,15 @@ def plot_loss(
     linewidth=1.8,
     # One record makes no line.
     marker="o" if len(losses) == 1 else None,
-    label="train, smoothed" + "".join(f" (last {x:.3f})" for x in last),
+    label="train, smoothed"
+    + "".join(f" (last {x:.3f})" for x in last)
+    + missing,
   )
   if records_eval:
     steps, losses = _curve("records_eval", records_eval)
+    finite = losses[np.isfinite(losses)]
+    found = f"last {losses[-1]:.3f}"
+    found += f", lowest {np.min(finite):.3f}" if finite.size else ""
     axes.plot(
       steps,
       losses,
@@ -117,7 +121,7 @@ def plot_loss(
       linestyle="--",
       marker="o",
       markersize=4,
-      label=f"validation (last {losses[-1]:.3f}, lowest {np.min(losses):.3f})",
+      label=f"validation ({found})" + _not_finite(losses),
     )
   axes.legend(frameon=False)
   _save(figure, path)
@@ -241,6 +245,12 @@ def plot_gates(
   require(limits[0] < limits[1], "limits", limits, "low < high")
   figure = gate_pages(layout, panels, title=title, limits=limits, dpi=DPI)
   _save(figure, path)
+
+
+def _not_finite(losses: np.ndarray) -> str:
+  """What the legend says of points that a line leaves out."""
+  count = np.sum(~np.isfinite(losses))
+  return f", {count} not finite and not shown" if count else ""
 
 
 def _curve(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax.backbone.transformer import Transformer
@@ -24,13 +25,20 @@ from engram_jax.decoding.decoders import (
   StoreDecoder,
   TableDecoder,
 )
+from engram_jax.decoding.room import require_room
 from engram_jax.decoding.sampling import (
   allowed_tokens,
   check_sampling,
+  finite_logits,
   sample_each,
 )
 from engram_jax.decoding.slots import insert, rewind
-from engram_jax.errors import InputError, require
+from engram_jax.errors import (
+  NonFiniteError,
+  first_nonfinite,
+  require,
+  require_integer,
+)
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.prefetch import Prefetcher, require_rows
@@ -55,7 +63,8 @@ def _draw(
 ):
   fold = jax.random.fold_in
   keys = jax.vmap(lambda t, b: fold(fold(key, t), b))(steps, sequences)
-  return sample_each(keys, logits, **options)
+  finite = finite_logits(logits, options["allowed"])
+  return sample_each(keys, logits, **options), finite
 
 
 class Step(NamedTuple):
@@ -126,7 +135,9 @@ def generate(
 
   Raises:
     InputError: no or an empty prompt, an id outside the vocabulary, a hash
-      missing or of another model, or a bad option.
+      missing or of another model, a bad option, or caches that do not fit into
+      memory.
+    NonFiniteError: at the step whose logits are not finite.
   """
   config = model.config
   require(memory in ("on", "off"), "memory", memory, "on or off")
@@ -146,15 +157,16 @@ def generate(
     config.vocab_size, vocab_size=vocab_size, pad_id=pad_id
   )
   check_sampling(temperature, top_k, top_p, size=config.vocab_size)
-  positive = max_new_tokens >= 1
-  require(positive, "max_new_tokens", max_new_tokens, "an integer >= 1")
+  require_integer("max_new_tokens", max_new_tokens, low=1)
   if end_id is not None:
+    require_integer("end_id", end_id)
     ok = 0 <= end_id < config.vocab_size and allowed[end_id]
     require(ok, "end_id", end_id, "an id that can be drawn, or None")
   pad = functools.partial(pad_prompts, vocab_size=vocab_size)
   _, lengths = pad(prompts)
-  ok = slots is None or slots >= 1
-  require(ok, "slots", slots, "an integer >= 1, or None")
+  if slots is not None:
+    require_integer("slots", slots, low=1)
+  slots = min(slots or len(prompts), len(prompts))
 
   if memory == "off":
     tables = hashing = compression = store = None
@@ -162,6 +174,13 @@ def generate(
     require(hashing is not None, "hashing", None, "the model's, with a store")
     require_rows(store, hashing)
   capacity = _rounded(int(lengths.max()) + max_new_tokens)
+  require_room(
+    model,
+    slots=slots,
+    prompt=_rounded(int(lengths.max())),
+    capacity=capacity,
+    max_new_tokens=max_new_tokens,
+  )
   draw = functools.partial(
     _draw,
     key,
@@ -185,13 +204,24 @@ def generate(
         prompts,
         pad,
         draw,
-        slots=min(slots or len(prompts), len(prompts)),
+        slots=slots,
         capacity=capacity,
         max_new_tokens=max_new_tokens,
         end_id=end_id,
+        blame=functools.partial(_blame, model, None if store else tables),
       )
 
   return steps()
+
+
+def _blame(model: Transformer, tables: Tables | None) -> str:
+  """Which of the numbers behind logits that are not finite is not, either."""
+  for name, tree in (("tables", tables), ("model", nnx.state(model))):
+    path = first_nonfinite(tree)
+    if path is not None:
+      return f"{name}{path} holds numbers that are not finite"
+  rows = "a row of the store is not finite, or " if tables is None else ""
+  return f"{rows}the model's own numbers, which are finite, grow beyond bounds"
 
 
 def _steps(
@@ -204,6 +234,7 @@ def _steps(
   capacity: int,
   max_new_tokens: int,
   end_id: int | None,
+  blame: Callable[[], str],
 ) -> Iterator[Step]:
   """The steps of `generate`; `slots` is at most the number of prompts."""
   drawn = np.zeros(len(prompts), np.int32)  # tokens of each sequence so far
@@ -221,8 +252,15 @@ def _steps(
   state = decoder.init_state(slots, capacity)
   logits, state = decoder.start(state, *pad(prompts[:slots]))()
   while True:
-    new = draw(logits, drawn[holders], holders.copy())
+    drawing = draw(logits, drawn[holders], holders.copy())
+    new, finite = jax.device_get(drawing)
     read = ~over[holders]
+    for slot in np.flatnonzero(read & ~finite):
+      b = holders[slot]
+      raise NonFiniteError(
+        f"the logits of prompts[{b}] at new token {drawn[b]} are not finite: "
+        + blame()
+      )
     # A sequence that has ended goes on unread, no other one depends on it; with
     # always the same token, so that no rows are fetched for it.
     new = np.where(read, new, 0).astype(np.int32)
@@ -287,9 +325,7 @@ def pad_prompts(
     valid = "one or more token ids: there is nothing to continue"
     require(len(prompt) > 0, f"prompts[{i}]", "empty", valid)
     for token_id in prompt:
-      if not 0 <= token_id < vocab_size:
-        valid = f"token ids, 0 <= id < {vocab_size}"
-        raise InputError(f"prompts[{i}]", token_id, valid)
+      require_integer(f"prompts[{i}]", token_id, low=0, high=vocab_size)
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   padded = np.zeros((len(prompts), _rounded(int(lengths.max()))), np.int32)
   for row, prompt in zip(padded, prompts):

@@ -27,6 +27,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.gating import gate_scores, gate_values
 from engram_jax.fusion.short_conv import ConvState, conv_reach, short_conv
+from engram_jax.memory.breaks import require_breaks
 from engram_jax.norms import rms_norm
 from engram_jax.parameters import Metadata, param
 from engram_jax.types import AnyHidden, Break, Breaks, Gates, Rows
@@ -154,7 +155,8 @@ def fuse(
 
   Raises:
     InputError: rows or hidden state whose widths do not fit the parameters, or
-      that are not of the same positions [B, L].
+      that are not of the same positions [B, L]; breaks that are none (outside
+      jit).
   """
   without_axis = hidden.ndim == 3
   if without_axis:
@@ -186,6 +188,7 @@ def fuse(
   )
   gates = gate_values(scores, signed_sqrt=signed_sqrt)
   if breaks is not None:
+    require_breaks(breaks)
     is_text = (breaks != Break.NON_TEXT)[..., None]
     gates = jnp.where(is_text, gates, 0)
   update = gates[..., None].astype(dtype) * value

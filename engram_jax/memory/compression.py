@@ -33,6 +33,7 @@ from engram_jax.errors import (
   check_in_range,
   require,
   require_in_range,
+  require_integer,
 )
 from engram_jax.files import whole_file
 
@@ -148,7 +149,7 @@ class TokenCompression:
   @classmethod
   def identity(cls, vocab_size: int) -> "TokenCompression":
     """The map that leaves `vocab_size` token ids as they are."""
-    require(vocab_size > 0, "vocab_size", vocab_size, "a number above 0")
+    require_integer("vocab_size", vocab_size, low=1, high=2**31)
     return cls(np.arange(vocab_size, dtype=np.int32))
 
   @property

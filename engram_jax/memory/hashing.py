@@ -35,6 +35,12 @@ from engram_jax.errors import (
   check_in_range,
   require,
   require_in_range,
+  require_integer,
+)
+from engram_jax.memory.breaks import (
+  check_breaks,
+  require_integers,
+  resolve_breaks,
 )
 from engram_jax.memory.limbs import (
   mixes_by_order,
@@ -42,6 +48,9 @@ from engram_jax.memory.limbs import (
   remainder,
 )
 from engram_jax.types import Break, Breaks, CanonicalIds, History, RowIds
+
+#: As packed data have them; see `breaks_from_segments`.
+Segments = Int[Array | np.ndarray, "B L"]
 
 #: Stands in a history, and in canonical ids, where there is no text.
 NO_TOKEN = -1
@@ -97,6 +106,17 @@ class NgramHash:
     Raises:
       InputError: a size, layer or id that cannot be hashed.
     """
+    sizes = {
+      "vocab_size": (vocab_size,),
+      "rows_per_head": rows_per_head,
+      "heads": (heads,),
+      "layers": layers,
+      "pad_id": (pad_id,),
+      "seed": (seed,),
+    }
+    for name, values in sizes.items():
+      for value in values:
+        require_integer(name, value)
     positive = len(rows_per_head) >= 1 and min(rows_per_head) >= 2
     valid = "one entry >= 2 per n-gram order from 2 on"
     require(positive, "rows_per_head", tuple(rows_per_head), valid)
@@ -195,8 +215,10 @@ class NgramHash:
     *,
     history: History | None = None,
     breaks: Breaks | None = None,
+    segment_ids: Segments | None = None,
   ) -> dict[int, RowIds]:
     """Row ids of every Engram layer; see `row_ids`."""
+    breaks = resolve_breaks(breaks, segment_ids)
     return {
       layer: self.row_ids(canonical, layer, history=history, breaks=breaks)
       for layer in self.layers
@@ -209,6 +231,7 @@ class NgramHash:
     *,
     history: History | None = None,
     breaks: Breaks | None = None,
+    segment_ids: Segments | None = None,
   ) -> RowIds:
     """Rows of `layer`'s joined table that each position reads.
 
@@ -218,19 +241,28 @@ class NgramHash:
       history: int32 [B, N-1], what `next_history` gave after the tokens
         before; None at the start of a sequence.
       breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data instead, 0 for padding; see
+        `breaks_from_segments` for other conventions.
 
     Returns:
       int32 [B, L, K], each below `num_rows[layer]`.
 
     Raises:
-      InputError: an id >= vocab_size (outside jit; inside, see `validate`),
-        an unknown layer, a wrong shape, or a table
-        of 2**31 rows or more, which only `row_ids_numpy` can address.
+      InputError: an id >= vocab_size or a value that is no `Break` (outside
+        jit; inside, see `validate`), not integers, an unknown layer, a wrong
+        shape, breaks and segments together, or a table of 2**31 rows or more,
+        which only `row_ids_numpy` can address.
     """
     rows = self.num_rows.get(layer, 0)
     valid = "below 2**31 rows for int32 ids (row_ids_numpy takes more)"
     require(rows < 2**31, f"num_rows[{layer}]", rows, valid)
-    ids = self.head_ids(canonical, layer, history=history, breaks=breaks)
+    ids = self.head_ids(
+      canonical,
+      layer,
+      history=history,
+      breaks=breaks,
+      segment_ids=segment_ids,
+    )
     return ids + jnp.asarray(self.head_offsets(layer), jnp.int32)
 
   def head_ids(
@@ -240,9 +272,11 @@ class NgramHash:
     *,
     history: History | None = None,
     breaks: Breaks | None = None,
+    segment_ids: Segments | None = None,
   ) -> RowIds:
     """As `row_ids`, without the offsets: rows within each head's own table."""
     primes = self._of(self.primes, layer)
+    breaks = resolve_breaks(breaks, segment_ids)
     window = [
       jnp.where(ids < 0, self.pad_id, ids).astype(jnp.uint32)
       for ids in self._window(canonical, history, breaks)
@@ -258,9 +292,11 @@ class NgramHash:
     *,
     history: np.ndarray | None = None,
     breaks: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
   ) -> np.ndarray:
     """`row_ids` on the host: the same numbers, int64 [B, L, K], any size."""
     primes = self._of(self.primes, layer)
+    breaks = resolve_breaks(breaks, segment_ids)
     columns = self._window(np.asarray(canonical), history, breaks, xp=np)
     window = np.stack(columns, axis=-1)  # [B, L, N]
     window = np.where(window < 0, self.pad_id, window).astype(np.int64)
@@ -282,6 +318,7 @@ class NgramHash:
     *,
     history: History | None = None,
     breaks: Breaks | None = None,
+    segment_ids: Segments | None = None,
     lengths: Int[Array, "B"] | None = None,
   ) -> History:
     """What the hash of the tokens to come must know of those so far.
@@ -290,12 +327,14 @@ class NgramHash:
       canonical: int32 [B, L], as given to `row_ids`.
       history: what came before them.
       breaks: as given to `row_ids`.
-      lengths: int32 [B], how many of the L tokens are real (the rest is
-        padding on the right); None for all.
+      segment_ids: as given to `row_ids`.
+      lengths: int32 [B], 0 to L, how many of the L tokens are real (the rest
+        is padding on the right); None for all.
 
     Returns:
       int32 [B, N-1], oldest first; `NO_TOKEN` where a look-back would stop.
     """
+    breaks = resolve_breaks(breaks, segment_ids)
     window = self._window(canonical, history, breaks)
     # The look-backs of position t are ids t, t-1, ...; those of the position
     # to come are the same, one further back.
@@ -304,6 +343,9 @@ class NgramHash:
       return self.empty_history(len(canonical)) if history is None else history
     if lengths is None:
       return recent[:, -1]
+    require_integers("lengths", lengths)
+    high = canonical.shape[1] + 1
+    require_in_range("lengths", lengths, low=0, high=high)
     # By selection: under Explicit mesh axes a gather is not told its sharding.
     positions = jnp.arange(1, canonical.shape[1] + 1)
     is_last = (positions == lengths[:, None])[..., None]
@@ -311,22 +353,32 @@ class NgramHash:
     before = NO_TOKEN if history is None else history
     return jnp.where(lengths[:, None] == 0, before, last)
 
-  def validate(self, canonical: CanonicalIds) -> None:
+  def validate(
+    self, canonical: CanonicalIds, *, breaks: Breaks | None = None
+  ) -> None:
     """Refuses ids >= vocab_size, also inside a `checkify`-ed function.
 
     Inside a plain jit `row_ids` does not look at values: an id out of range
     then reads some row of the table. See `errors.check_in_range`.
+
+    Args:
+      canonical: as given to `row_ids`.
+      breaks: as given to `row_ids`; refused if they hold what is no `Break`.
     """
     check_in_range("canonical", canonical, low=-(2**31), high=self.vocab_size)
+    if breaks is not None:
+      check_breaks(breaks)
 
   def _window(self, canonical, history, breaks, *, xp: Any = jnp):
     """N arrays [B, L]: the id k positions back; `NO_TOKEN` once latched."""
     require(canonical.ndim == 2, "canonical", canonical.shape, "shape [B, L]")
+    require_integers("canonical", canonical)
     batch, length = canonical.shape
     past = self.max_order - 1
     if history is not None:
       valid = f"shape {(batch, past)}: the last {past} ids"
       require(history.shape == (batch, past), "history", history.shape, valid)
+      require_integers("history", history)
       require_in_range("history", history, low=-(2**31), high=self.vocab_size)
     # Every negative id says that there is no text: only the top is checked.
     require_in_range("canonical", canonical, low=-(2**31), high=self.vocab_size)

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.errors import require
+from engram_jax.errors import NonFiniteError, require, require_finite
 from engram_jax.memory.prefetch import (
   Prefetcher,
   prefetched,
@@ -99,16 +99,24 @@ def losses_by_memory(
     batches: gives the same batches at each call.
     store: where the rows live instead.
     prefetch: see `mean_loss_from_store`.
+
+  Raises:
+    InputError: as `mean_loss`.
+    NonFiniteError: a loss is not finite; the message has mode and batch.
   """
   losses = {}
   for memory in MEMORY_MODES if program.hashing else ("on",):
-    if store is None or memory == "off":
-      step = make_eval_step(program, memory=memory)
-      losses[memory] = mean_loss(step, model, tables, batches())
-    else:
-      losses[memory] = mean_loss_from_store(
-        program, model, store, batches(), memory=memory, prefetch=prefetch
-      )
+    try:
+      if store is None or memory == "off":
+        step = make_eval_step(program, memory=memory)
+        losses[memory] = mean_loss(step, model, tables, batches())
+      else:
+        losses[memory] = mean_loss_from_store(
+          program, model, store, batches(), memory=memory, prefetch=prefetch
+        )
+    except NonFiniteError as error:
+      line = f"evaluation with the memory {memory}: {error}"
+      raise NonFiniteError(line) from None
   return losses
 
 
@@ -128,6 +136,7 @@ def mean_loss(
 
   Raises:
     InputError: no target in any batch.
+    NonFiniteError: a batch's loss is not finite.
   """
   return _mean(eval_step(model, tables, batch) for batch in batches)
 
@@ -209,8 +218,9 @@ def mean_loss_from_store(
 def _mean(losses: Iterable[tuple[Array, Array]]) -> float:
   """The mean over targets of (sum of losses, targets)."""
   total, targets = 0.0, 0
-  for pair in losses:
+  for i, pair in enumerate(losses):
     loss, count = jax.device_get(pair)
+    require_finite(f"loss of batch {i}", loss)
     total, targets = total + float(loss), targets + int(count)
   require(targets > 0, "batches", "no target", "at least one target")
   return total / targets

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from engram_jax import sharding
 from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
-from engram_jax.errors import InputError, require
+from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import divergence, processes
@@ -426,15 +426,16 @@ class _Loop:
     every, loss = self.train_config.eval_every, None
     # A checkpoint competes for the best by a loss of its own step.
     if every and (step % every == 0 or saves):
-      loss = mean_loss(
-        self.eval_step,
-        self.program.model_of(state),
-        state.tables,
-        self.evaluation,
-      )
+      try:
+        loss = mean_loss(
+          self.eval_step,
+          self.program.model_of(state),
+          state.tables,
+          self.evaluation,
+        )
+      except NonFiniteError as error:
+        self._diverged(step, f"the evaluation: {error}")
       self.writer.write(step, {"loss": loss}, kind="eval")
-      if not np.isfinite(loss):
-        self._diverged(step, f"the evaluation's loss is {loss}")
     if saves:
       if not processes.fetch(divergence.weights_are_finite(state)):
         self._diverged(step, "some weights are not finite")

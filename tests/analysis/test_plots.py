@@ -1,5 +1,6 @@
 """Tests of the pictures: valid files of the right size, pyplot untouched."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -207,3 +208,38 @@ def test_bad_gates_are_refused(tmp_path, tokens, gates, options, match):
   with pytest.raises(InputError, match=match):
     plots.plot_gates(tokens, gates, tmp_path / "a.png", **options)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "backend", ["module://matplotlib_inline.backend_inline", "garbage", "svg"]
+)
+def test_a_backend_of_the_parent_is_of_no_account(tmp_path, backend):
+  script = f"""
+    from engram_jax.analysis import plots
+    path = {str(tmp_path / "l.png")!r}
+    plots.plot_loss([{{"step": 1, "loss": 1.0}}], [], path)
+    import matplotlib
+    import os
+    assert os.environ["MPLBACKEND"] == {backend!r}
+    assert {backend!r} != "svg" or matplotlib.rcParams["backend"] == "svg"
+  """
+  # Neither a home nor a locale is needed.
+  env = {k: v for k, v in os.environ.items() if k not in ("HOME", "LANG")}
+  env |= {"MPLBACKEND": backend, "LC_ALL": "C", "PYTHONUTF8": "0"}
+  command = [sys.executable, "-c", textwrap.dedent(script)]
+  subprocess.run(command, check=True, env=env)
+  assert (tmp_path / "l.png").exists()
+
+
+def test_the_picture_says_how_many_losses_it_does_not_show(tmp_path):
+  drawn = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      plots.FigureCanvasAgg, "print_png", lambda self, _: drawn.append(self)
+    )
+    losses = [3.0, float("nan"), float("inf"), 2.0]
+    plots.plot_loss(records(losses), records([2.0, np.nan]), tmp_path / "a.png")
+  (axes,) = drawn[0].figure.axes
+  train, validation = [t.get_text() for t in axes.get_legend().get_texts()]
+  assert "2 not finite and not shown" in train
+  assert "1 not finite and not shown" in validation and "2.000" in validation

@@ -13,7 +13,8 @@ from engram_jax.decoding.generate import (
   generate_all,
   pad_prompts,
 )
-from engram_jax.errors import InputError
+from engram_jax.decoding.room import decoding_bytes
+from engram_jax.errors import InputError, NonFiniteError
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
@@ -167,3 +168,63 @@ def test_refusals_at_the_call(tiny, change, message):
   arguments |= {"prompts": PROMPTS, "max_new_tokens": 3, "key": KEY}
   with pytest.raises(InputError, match=f"^{message}"):
     generate(**(arguments | change))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tables_that_are_no_numbers_generate_nothing(tiny, temperature, value):
+  broken = {i: jnp.full_like(x, value) for i, x in tiny.tables.items()}
+  steps = generate(
+    tiny.model,
+    broken,
+    tiny.hashing,
+    tiny.compression,
+    PROMPTS,
+    max_new_tokens=STEPS,
+    key=KEY,
+    temperature=temperature,
+  )
+  with pytest.raises(
+    NonFiniteError, match=r"prompts\[0\] at new token 0 .*: tables\[0\]"
+  ):
+    next(steps)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"max_new_tokens": 2.5},
+    {"slots": 1.5},
+    {"end_id": 3.0},
+    {"vocab_size": 20.5},
+    {"pad_id": 0.0},
+    {"max_new_tokens": 2**31},
+    {"max_new_tokens": True},
+  ],
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_numbers_that_would_be_rounded_are_refused(tiny, options):
+  (name,) = options
+  options = {"max_new_tokens": 1, "key": KEY} | options
+  with pytest.raises(InputError, match=f"^{name}: "):
+    generate(*tiny.parts, PROMPTS, **options)
+  with pytest.raises(InputError, match=r"^prompts\[0\]: 2.7"):
+    pad_prompts([[2.7]], vocab_size=9)
+
+
+def test_caches_that_do_not_fit_are_refused_with_their_bytes(tiny):
+  count = 2**30 - 100
+  with pytest.raises(InputError, match=r"^max_new_tokens: ") as refused:
+    generate(*tiny.parts, PROMPTS, max_new_tokens=count, key=KEY)
+  needed = decoding_bytes(tiny.model, slots=3, prompt=16, capacity=2**30)
+  # More than a terabyte.
+  assert f"takes {needed:,} bytes at least" in str(refused.value)
+  assert str(refused.value).endswith(" are free")
+
+
+def test_bytes_are_those_of_the_caches_that_are_made(tiny):
+  cache = tiny.model.init_cache(2, 32)
+  made = sum(x.nbytes for x in jax.tree.leaves(cache))
+  heads = tiny.model.config.attention.num_heads
+  found = decoding_bytes(tiny.model, slots=2, prompt=16, capacity=32)
+  assert found == made + 4 * 2 * heads * 16 * 32

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.decoding.sampling import allowed_tokens, sample
-from engram_jax.errors import InputError
+from engram_jax.decoding.sampling import (
+  allowed_tokens,
+  finite_logits,
+  sample,
+)
+from engram_jax.errors import InputError, NonFiniteError
 
 # Likeliest first, after a shuffle that the ids must survive.
 CHANCES = np.array([0.5, 0.25, 0.12, 0.08, 0.04, 0.01])
@@ -124,3 +128,44 @@ def test_refusals(name, values):
     options = {"temperature": 1.0} | {name: value}
     with pytest.raises(InputError, match=f"^{name}: {value}; valid: "):
       sample(jax.random.key(0), logits(), **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+  "row", [[0, np.nan, 1], [0, np.inf, 1], [-np.inf] * 3, [np.nan, -np.inf, -1]]
+)
+def test_logits_that_are_no_numbers_draw_nothing(row, temperature):
+  values = jnp.array([[0.0, 1, 2], row])
+  with pytest.raises(NonFiniteError, match=r"^logits\[1\]: "):
+    sample(jax.random.key(0), values, temperature=temperature)
+  np.testing.assert_array_equal(finite_logits(values), [True, False])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 3e38])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 1e-300}])
+def test_ends_of_the_range_draw_what_is_allowed(temperature, options):
+  allowed = np.array([True, False, True, False])
+  values = jnp.array([[-jnp.inf, jnp.nan, 3e38, jnp.inf], [-3e38, 0, 3e38, 1]])
+  drawn = [
+    sample(
+      jax.random.key(seed),
+      values,
+      temperature=temperature,
+      allowed=allowed,
+      **options,
+    )
+    for seed in range(5)
+  ]
+  assert set(np.ravel(drawn)) <= {0, 2}
+  # Of probability 0.
+  assert {int(row[0]) for row in drawn} == {2}
+
+
+@pytest.mark.parametrize(
+  "options", [{"top_k": 2.5}, {"top_k": True}, {"temperature": 1e39}]
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_numbers_that_would_be_rounded_are_refused(options):
+  (name,) = options
+  with pytest.raises(InputError, match=f"^{name}: "):
+    sample(jax.random.key(0), logits(), **{"temperature": 1.0, **options})

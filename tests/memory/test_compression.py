@@ -436,3 +436,10 @@ def test_load_refuses_foreign_and_missing_files(tmp_path):
   np.save(tmp_path / "array.npy", np.arange(3))
   with pytest.raises(InputError, match=r"^path: .*; valid: a whole file"):
     TokenCompression.load(tmp_path / "array.npy")
+
+
+@pytest.mark.parametrize("size", [2.5, 2**31, 0, True])
+@pytest.mark.usefixtures("types_unchecked")
+def test_an_identity_of_no_size_is_refused(size):
+  with pytest.raises(InputError, match=r"^vocab_size: "):
+    TokenCompression.identity(size)

@@ -334,3 +334,40 @@ def test_wrong_layers_shapes_and_constants_are_refused():
   del constants["primes"]
   with pytest.raises(InputError, match=r"hash\.primes: missing"):
     NgramHash.from_dict(constants)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("vocab_size", 10.5),
+    ("rows_per_head", (50.5,)),
+    ("heads", 2.0),
+    ("layers", (1.0,)),
+    ("pad_id", 0.5),
+    ("seed", 0.5),
+    ("seed", -1),
+  ],
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_constants_that_would_be_rounded_are_refused(name, value):
+  constants = dict(
+    vocab_size=10, rows_per_head=(50,), heads=2, layers=(1,), pad_id=0, seed=0
+  )
+  with pytest.raises(InputError, match=rf"^{name}: "):
+    NgramHash.create(**constants | {name: value})
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_ids_that_are_no_integers_are_refused():
+  hashing = NgramHash.create(
+    vocab_size=10, rows_per_head=(50,), heads=2, layers=(1,), pad_id=0
+  )
+  ids = np.array([[1, 2, 3]])
+  for form in (hashing.row_ids, hashing.row_ids_numpy):
+    with pytest.raises(InputError, match=r"^canonical: dtype float"):
+      form(ids + 0.5, 1)
+    # 2**32 + 1 is 1 in 32 bits.
+    with pytest.raises(InputError, match=r"^canonical: 4294967297"):
+      form(ids + 2**32, 1)
+  with pytest.raises(InputError, match=r"^lengths: 4"):
+    hashing.next_history(ids, lengths=np.array([4]))
