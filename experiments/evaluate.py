@@ -14,17 +14,19 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
 
-from engram_jax.data.pipeline import held_out_batches
-from engram_jax.data.prepared import prepare
-from engram_jax.errors import require
+from engram_jax.data.pipeline import held_out_batches, windows
+from engram_jax.data.prepared import PreparedData, prepare
+from engram_jax.errors import InputError, require
 from engram_jax.files import write_whole
-from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.runs import RunFolder
-from experiments import cli, stores
+from engram_jax.training.companions import require_own_text
+from engram_jax.training.evaluation import MEMORY_MODES, losses_by_memory
+from engram_jax.training.runs import RunFolder, TrainedModel
+from experiments import cli, progress, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -64,21 +66,39 @@ def evaluate(
     )
   tokenizer_path = RunFolder(pathlib.Path(workdir).expanduser()).tokenizer
   data = prepare(data_config, tokenizer_path=tokenizer_path)
+  if not folder:
+    _require_own_text(trained, data)
   split = split or ("all" if folder else "validation")
-  losses = losses_by_memory(
-    trained.program,
-    trained.model,
-    trained.tables,
-    lambda: held_out_batches(
-      data,
-      split,
-      seq_len=train.seq_len,
-      batch_size=train.batch_size,
-      most=max_batches or None,
-    ),
-    store=store,
-    prefetch=prefetch,
+  sizes = {"seq_len": train.seq_len, "batch_size": train.batch_size}
+  multiple_of = {"multiple_of": train.batch_size}
+  found = windows(data, split, seq_len=train.seq_len, **multiple_of)
+  count = len(found) // train.batch_size
+  count = min(count, max_batches or count)
+  modes = len(MEMORY_MODES) if trained.hashing else 1
+  tokens = count * train.batch_size * train.seq_len
+  progress.say(
+    f"{count:,} batches of {train.batch_size} x {train.seq_len} tokens,"
+    f" {tokens:,} in all, {modes} times"
   )
+  with progress.counting(
+    "evaluating", total=modes * count, unit="batches"
+  ) as shown:
+
+    def batches():
+      for batch in held_out_batches(
+        data, split, most=max_batches or None, **sizes
+      ):
+        yield batch
+        shown.update()
+
+    losses = losses_by_memory(
+      trained.program,
+      trained.model,
+      trained.tables,
+      batches,
+      store=store,
+      prefetch=prefetch,
+    )
   return {
     "workdir": str(workdir),
     "step": trained.step,
@@ -87,6 +107,19 @@ def evaluate(
     "loss": losses,
     "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
   }
+
+
+def _require_own_text(trained: TrainedModel, data: PreparedData) -> None:
+  """Refuses text that has changed since the run, and says what is unknown."""
+  config = trained.config.data
+  try:
+    unknown = require_own_text(trained.text_digests, data, config)
+  except InputError as error:
+    valid = f"{error.valid}; --folder takes any text"
+    raise InputError(error.field, error.value, valid) from None
+  if unknown:
+    line = f"not known to the checkpoint, and not compared: {unknown} text"
+    print(line, file=sys.stderr)
 
 
 def main(argv) -> None:

@@ -22,6 +22,7 @@ from absl import logging
 
 from engram_jax.data import sources
 from engram_jax.data.text_dataset import (
+  TextDataset,
   read_index,
   write_dataset,
   write_index,
@@ -183,6 +184,7 @@ def _build(
       },
       "skipped": census.skipped,
       "empty": census.empty,
+      "files": _digests(building),
     }
     (building / "prepared.json").write_text(json.dumps(record, indent=2))
     os.rename(building, folder)
@@ -239,8 +241,27 @@ def _split_info(folder: pathlib.Path, split: str, census: _Census) -> SplitInfo:
   )
 
 
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  """What ties the files together: sha256 of small ones, size of the pieces."""
+  names = ["tokenizer.json", *(f"index-{name}.npz" for name in sources.SPLITS)]
+  paths = [folder / name for name in names if (folder / name).exists()]
+  found = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in paths}
+  pieces = sorted((folder / TextDataset.name).rglob("*.array_record*"))
+  for path in pieces:
+    size = path.stat().st_size
+    found[path.relative_to(folder).as_posix()] = f"{size} bytes"
+  return found
+
+
 def _load(folder: pathlib.Path) -> PreparedData:
   record = json.loads((folder / "prepared.json").read_text())
+  if "files" not in record:
+    logging.warning("%s: not known what its files were made of", folder)
+  present = _digests(folder)
+  for name, wanted in record.get("files", present).items():
+    found = present.get(name, "missing")
+    valid = f"{wanted}, as it was prepared; delete {folder} to prepare it anew"
+    require(found == wanted, f"digest of {folder / name}", found, valid)
   path = folder / "tokenizer.json"
   return PreparedData(
     folder=folder,
