@@ -14,7 +14,7 @@ from absl import flags
 from engram_jax.config_dicts import to_dict
 from experiments import cli, number_flags
 from experiments.results import require_output, write_result
-from experiments.sweeps import changed, spread, train_seeds
+from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
@@ -40,16 +40,18 @@ def main(argv) -> None:
   out = require_output(_OUT.value)
   # Every value is checked before the first run begins.
   variants = {v: changed(config, {field: parse(v)}) for v in _VALUES.value}
-  results = {
-    value: train_seeds(
-      value,
-      variant,
-      pathlib.Path(_WORKDIR.value).expanduser(),
-      seeds=_SEEDS.value,
-      eval_batches=_BATCHES.value,
-    )
-    for value, variant in variants.items()
-  }
+  with runs_of(config, len(variants) * len(_SEEDS.value)) as shown:
+    results = {
+      value: train_seeds(
+        value,
+        variant,
+        pathlib.Path(_WORKDIR.value).expanduser(),
+        seeds=_SEEDS.value,
+        eval_batches=_BATCHES.value,
+        shown=shown,
+      )
+      for value, variant in variants.items()
+    }
   write_result(
     out,
     {"field": field, "config": to_dict(config), "results": results},

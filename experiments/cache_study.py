@@ -22,8 +22,6 @@ entries of 8 rows; the difference to all 24 columns is measured on the first
 
 import bisect
 import pathlib
-import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +34,7 @@ from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.training.runs import make_memory
-from experiments import cli
+from experiments import cli, progress
 from experiments.benchmarks.harness import aligned
 from experiments.configs.preset import experiment_of
 from experiments.corpora import CORPORA, load_tokenizer, read_corpus, tokenize
@@ -238,28 +236,37 @@ def study(
   texts: Sequence[Text], hashing: NgramHash, sizes: Sequence[int]
 ) -> dict[str, Any]:
   """All figures, by corpus, telling how it goes."""
-  heads, found = hashing.heads, {}
-  for text in texts:
-    began = time.perf_counter()
-    others = [other for other in texts if other is not text]
-    layers = {
-      str(layer): {
-        "distinct_share": deduplicate(text, layer, heads),
-        "hit_rates": hit_rates(text, others, sizes, layer, heads),
-        "seen_before": seen_before(text, layer, heads),
-        "first_heads_error": check_first_heads(text, layer, heads),
-      }
-      for layer in hashing.layers
-    }
-    found[text.name] = {
-      **text.about,
-      "counted_tokens": len(text.ngrams) - text.half,
-      "orders": describe(text, heads),
-      "layers": layers,
-    }
-    spent = time.perf_counter() - began
-    print(f"{text.name}: {spent:.0f} s", file=sys.stderr, flush=True)
+  found: dict[str, Any] = {}
+  total = len(texts) * (4 * len(hashing.layers) + 1)
+  with progress.counting("counting", total=total, unit="tables") as shown:
+    for text in texts:
+      found[text.name] = _study_one(text, texts, hashing, sizes, shown)
   return found
+
+
+def _study_one(text, texts, hashing, sizes, shown) -> dict[str, Any]:
+  """The figures of one corpus, each counted when it is there."""
+  heads, others = hashing.heads, [other for other in texts if other is not text]
+
+  def counted(figures):
+    shown.update()
+    return figures
+
+  layers = {
+    str(layer): {
+      "distinct_share": counted(deduplicate(text, layer, heads)),
+      "hit_rates": counted(hit_rates(text, others, sizes, layer, heads)),
+      "seen_before": counted(seen_before(text, layer, heads)),
+      "first_heads_error": counted(check_first_heads(text, layer, heads)),
+    }
+    for layer in hashing.layers
+  }
+  return {
+    **text.about,
+    "counted_tokens": len(text.ngrams) - text.half,
+    "orders": counted(describe(text, heads)),
+    "layers": layers,
+  }
 
 
 # --- report ---
@@ -391,13 +398,16 @@ def main(argv) -> None:
   config = experiment_of("v41_memory")
   memory = config.model.engram
   tokenizer = load_tokenizer(_TOKENIZER.value)
+  most = f"{_TOKENS.value:,} tokens of each"
+  progress.say(f"corpora {', '.join(names)}, at most {most}")
   hashing, compression = make_memory(config, tokenizer)
   texts = []
   for name in names:
     source = read_corpus(name, _FOLDER.value, _GLOB.value)
     documents, size = tokenize(source, tokenizer, _TOKENS.value)
     documents = [compression(ids) for ids in documents]
-    texts.append(Text(name, documents, size, hashing, _DOCUMENTS.value))
+    with progress.waiting(f"hashing {name}", announce=False):
+      texts.append(Text(name, documents, size, hashing, _DOCUMENTS.value))
   row = RowFormat("fp8", memory.head_dim).bytes_per_row
   entry = row * memory.heads * len(memory.layers)
   sizes = sizes_for(texts, hashing.layers[0], hashing.heads)

@@ -24,7 +24,7 @@ from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
 from experiments import cli, number_flags
 from experiments.results import ROOT, require_output, write_result
-from experiments.sweeps import changed, spread, train_seeds
+from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
@@ -51,17 +51,37 @@ def without_memory(config: ExperimentConfig) -> ExperimentConfig:
   return changed(config, {"model": to_dict(model)})
 
 
-def tune(config, workdir, *, rates, seed, eval_batches) -> dict[float, float]:
+def tune(
+  config, workdir, *, rates, seed, eval_batches, shown
+) -> dict[float, float]:
   """Loss at the end of a run, by learning rate."""
   losses = {}
   for rate in rates:
     at_rate = changed(config, {"train.learning_rate": rate})
     name = f"tuning-{rate:g}"
     (record,) = train_seeds(
-      name, at_rate, workdir, seeds=[seed], eval_batches=eval_batches
+      name,
+      at_rate,
+      workdir,
+      seeds=[seed],
+      eval_batches=eval_batches,
+      shown=shown,
     )
     losses[rate] = record["loss"]["on"]
   return losses
+
+
+def train_both(config, rival, workdir, *, rates, seeds, **options):
+  """Losses by rate, the best rate, and the records of both sides at it."""
+  tuning = tune(rival, workdir, rates=rates, seed=_TUNING_SEED.value, **options)
+  best = min(tuning, key=tuning.get)
+  if best in (rates[0], rates[-1]) and len(rates) > 1:
+    print(f"the best rate, {best:g}, is at the edge of those tried: {rates}")
+  sides = {}
+  for name, side in (("memory", config), ("experts", rival)):
+    at_best = changed(side, {"train.learning_rate": best})
+    sides[name] = train_seeds(name, at_best, workdir, seeds=seeds, **options)
+  return tuning, best, sides
 
 
 def report(result: dict) -> str:
@@ -92,18 +112,12 @@ def main(argv) -> None:
   out = require_output(_OUT.value)
   config = cli.frozen(_CONFIG.value)
   rival = without_memory(config)
-  options = dict(eval_batches=_BATCHES.value)
-  rates = _RATES.value
-  tuning = tune(rival, workdir, rates=rates, seed=_TUNING_SEED.value, **options)
-  best = min(tuning, key=tuning.get)
-  if best in (rates[0], rates[-1]) and len(rates) > 1:
-    print(f"the best rate, {best:g}, is at the edge of those tried: {rates}")
-
-  seeds = _SEEDS.value
-  sides = {}
-  for name, side in (("memory", config), ("experts", rival)):
-    at_best = changed(side, {"train.learning_rate": best})
-    sides[name] = train_seeds(name, at_best, workdir, seeds=seeds, **options)
+  rates, seeds = _RATES.value, _SEEDS.value
+  with runs_of(config, len(rates) + 2 * len(seeds)) as shown:
+    options = dict(eval_batches=_BATCHES.value, shown=shown)
+    tuning, best, sides = train_both(
+      config, rival, workdir, rates=rates, seeds=seeds, **options
+    )
   pairs = zip(sides["memory"], sides["experts"])
   result = {
     "config": to_dict(config),

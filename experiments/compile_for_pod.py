@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten
 from engram_jax.training.step import make_train_step
-from experiments import cli, pod_report
+from experiments import cli, pod_report, progress
 from experiments.configs.preset import chosen, experiment_of
 from experiments.results import write_result
 
@@ -346,6 +346,13 @@ def _log() -> Iterator[list[str]]:
       lines += file.read().decode(errors="replace").splitlines(keepends=True)
 
 
+@contextlib.contextmanager
+def _own_stderr() -> Iterator[TextIO]:
+  """Standard error, which stays it while `_log` collects the compiler's."""
+  with open(os.dup(2), "w") as out:
+    yield out
+
+
 def _first_line(error: Exception) -> str:
   return " ".join(str(error).split("\n", 1)[0].split())
 
@@ -412,9 +419,11 @@ def measure(
     sharding.require_fit(config, meshes[name])
   programs = {}
   for name, config in configs.items():
-    print(f"compiling for {topology}, {name} ...", flush=True)
     mesh = meshes[name]
-    compiled = compile_step(config, mesh, generation=generation)
+    with _own_stderr() as out:
+      what = f"compiling {name} for {len(devices)} devices of {topology}"
+      with progress.waiting(what, file=out):
+        compiled = compile_step(config, mesh, generation=generation)
     programs[name] = {"mesh": dict(mesh.shape)} | compiled
   result = {
     "topology": topology,

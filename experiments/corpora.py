@@ -12,6 +12,7 @@ import tokenizers
 
 from engram_jax.data.sources import folder_source
 from engram_jax.errors import InputError, require
+from experiments import progress
 from experiments.results import ROOT
 
 CORPORA = ("code", "prose")
@@ -71,15 +72,19 @@ def tokenize(
     InputError: fewer than two documents: one to fill a cache, one to count.
   """
   documents, total, digest, size = [], 0, hashlib.sha256(), 0
-  for text in texts:
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    ids = np.array(ids[: max_tokens - total], np.int32)
-    documents.append(ids)
-    total += len(ids)
-    digest.update(ids.astype("<i4").tobytes())
-    size += len(text.encode())
-    if total >= max_tokens:
-      break
+  with progress.counting(
+    "reading text", total=max_tokens, unit="tokens"
+  ) as shown:
+    for text in texts:
+      ids = tokenizer.encode(text, add_special_tokens=False).ids
+      ids = np.array(ids[: max_tokens - total], np.int32)
+      documents.append(ids)
+      total += len(ids)
+      shown.update(len(ids))
+      digest.update(ids.astype("<i4").tobytes())
+      size += len(text.encode())
+      if total >= max_tokens:
+        break
   found, valid = f"{len(documents)} documents", "two or more with text"
   require(len(documents) > 1, "corpus", found, valid)
   return documents, {

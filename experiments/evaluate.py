@@ -23,11 +23,12 @@ from absl import flags
 
 from engram_jax.data.folders import printable
 from engram_jax.data.pipeline import held_out_batches, windows
-from engram_jax.data.prepared import prepare
-from engram_jax.errors import require
+from engram_jax.data.prepared import PreparedData, prepare
+from engram_jax.errors import InputError, require
 from engram_jax.progress import reporting
+from engram_jax.training.companions import require_own_text
 from engram_jax.training.evaluation import MEMORY_MODES, losses_by_memory
-from engram_jax.training.runs import RunFolder
+from engram_jax.training.runs import RunFolder, TrainedModel
 from experiments import cli, stores
 from experiments.results import require_output, write_result
 
@@ -88,6 +89,8 @@ def evaluate(
     both_splits=not (folder and split == "all"),
     progress=True,
   )
+  if not folder:
+    _require_own_text(trained, data)
   options = dict(seq_len=train.seq_len, tail=True if folder else None)
   found = windows(data, split, **options)
   present = -(-found.windows // train.batch_size)
@@ -138,6 +141,19 @@ def _perplexity(loss: float) -> float | None:
     return math.exp(loss)
   except OverflowError:
     return None
+
+
+def _require_own_text(trained: TrainedModel, data: PreparedData) -> None:
+  """Refuses text that has changed since the run, and says what is unknown."""
+  config = trained.config.data
+  try:
+    unknown = require_own_text(trained.text_digests, data, config)
+  except InputError as error:
+    valid = f"{error.valid}; --folder takes any text"
+    raise InputError(error.field, error.value, valid) from None
+  if unknown:
+    line = f"not known to the checkpoint, and not compared: {unknown} text"
+    print(line, file=sys.stderr)
 
 
 def main(argv) -> None:

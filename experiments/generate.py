@@ -17,7 +17,7 @@ from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_seed
-from experiments import cli, console, stores
+from experiments import cli, console, progress, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -66,6 +66,11 @@ def main(argv) -> None:
   alone = len(prompts) == 1
   if alone:
     print(prompts[0], end="", flush=True)
+  if not alone:
+    waves = -(-len(prompts) // (_SLOTS.value or len(prompts)))
+    most = _TOKENS.value * waves
+    progress.say(f"{len(prompts)} prompts, at most {most} steps")
+    steps = progress.counted(steps, "generating", total=most)
   for step in steps:
     for i, token in enumerate(step.tokens):
       piece = streams[i].push([token]) if token != NO_TOKEN else ""

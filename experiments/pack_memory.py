@@ -3,8 +3,9 @@
   python -m experiments.pack_memory --workdir=runs/tiny --format=int8 \
     --output=runs/tiny/memory.rows
 
-The file holds the model's hash constants and the digest of its token
-compression, so that it is refused by any other model. The rows lose what the
+The file holds the model's hash constants, the digest of its token compression
+and which checkpoint its rows are from, so that it is refused by any other
+model, any other run, and any other step of the same run. The rows lose what the
 format loses; the program says how much. fp8 has a scale for 32 columns, and
 wants rows of a multiple of 32.
 """
@@ -28,7 +29,7 @@ from engram_jax.memory.quantization import (
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.training.runs import TrainedModel, load_run
-from experiments import cli
+from experiments import cli, progress
 
 _FLAGS = cli.flag_values(__name__)
 _WORKDIR = flags.DEFINE_string(
@@ -81,7 +82,9 @@ def pack_memory(
   width = next(iter(trained.tables.values())).shape[1]
   row_format = RowFormat(name, width)
   digest = trained.compression.digest
-  header = Header(row_format, hashing.num_rows, hashing, digest)
+  header = Header(
+    row_format, hashing.num_rows, hashing, digest, trained.identity
+  )
   sums = {layer: np.zeros(2) for layer in hashing.layers}
 
   def chunks(layer: int) -> Iterator[np.ndarray]:
@@ -95,8 +98,12 @@ def pack_memory(
       require(np.isfinite(squares).all(), field, found, "finite numbers")
       sums[layer] += squares
       yield np.asarray(packed)
+      shown.update(end - start)
 
-  write_row_file(path, {layer: chunks(layer) for layer in sums}, header)
+  total, size = sum(hashing.num_rows.values()), progress.size(header.file_bytes)
+  progress.say(f"packing {total:,} rows as {name}, {size}, into {path}")
+  with progress.counting("packing", total=total, unit="rows") as shown:
+    write_row_file(path, {layer: chunks(layer) for layer in sums}, header)
   return {
     layer: float(np.sqrt(error / square)) if square else 0.0
     for layer, (square, error) in sums.items()
@@ -105,11 +112,13 @@ def pack_memory(
 
 def main(argv) -> None:
   del argv
-  trained = load_run(_WORKDIR.value, step=_STEP.value)
+  with progress.waiting("reading the checkpoint", announce=False):
+    trained = load_run(_WORKDIR.value, step=_STEP.value)
   output = pathlib.Path(_OUTPUT.value).expanduser()
   errors = pack_memory(trained, output, _FORMAT.value)
   file = RowFile(output)
-  file.verify()
+  with progress.waiting("comparing checksums", announce=False):
+    file.verify()
   header = file.header
   size = header.row_format.bytes_per_row
   lines = [

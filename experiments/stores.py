@@ -12,6 +12,7 @@ from engram_jax.memory.homes import open_store, reads_a_file
 from engram_jax.memory.quantization import FORMATS
 from engram_jax.memory.stores import RowStore
 from engram_jax.training.runs import TrainedModel, load_run
+from experiments import progress
 
 
 def define_store() -> Callable[[], dict[str, Any]]:
@@ -28,10 +29,14 @@ def define_store() -> Callable[[], dict[str, Any]]:
   cache = flags.DEFINE_float(
     "cache_mib", 0.0, "Rows kept on the device before the store; 0 for none."
   )
+  other_step = flags.DEFINE_bool(
+    "allow_other_step", False, "Take a row file of another step of the run."
+  )
   return lambda: {
     "home": store.value,
     "row_format": row_format.value,
     "verify": verify.value,
+    "allow_other_step": other_step.value,
     "cache_mib": cache.value,
   }
 
@@ -50,6 +55,7 @@ def load(
   home: str = "device",
   row_format: str | None = None,
   verify: bool = False,
+  allow_other_step: bool = False,
   cache_mib: float = 0.0,
 ) -> tuple[TrainedModel, RowStore | None]:
   """A trained model, and the store of its rows.
@@ -60,6 +66,7 @@ def load(
     home: see `homes.py`. With a file the checkpoint's tables are not read.
     row_format: see `open_store`.
     verify: see `open_store`.
+    allow_other_step: see `open_store`.
     cache_mib: of rows kept on the device before the store.
 
   Returns:
@@ -72,20 +79,24 @@ def load(
   """
   ok = math.isfinite(cache_mib) and cache_mib >= 0
   require(ok, "cache_mib", cache_mib, "0 for none, or a number above it")
-  trained = load_run(workdir, step=step, tables=not reads_a_file(home))
+  with progress.waiting("reading the checkpoint", announce=False):
+    trained = load_run(workdir, step=step, tables=not reads_a_file(home))
   tables_do = home == "device" and row_format is None and not cache_mib
-  if tables_do and not verify:
+  if tables_do and not verify and not allow_other_step:
     return trained, None
   valid = "device, without row_format and cache_mib: the model has no memory"
   require(trained.hashing is not None, "store", home, valid)
-  store = open_store(
-    home,
-    trained.tables or None,
-    trained.hashing,
-    row_format=row_format,
-    compression_digest=trained.compression.digest,
-    verify=verify,
-    cache_bytes=math.ceil(cache_mib * 2**20),
-  )
+  with progress.waiting(f"opening {home}", announce=False):
+    store = open_store(
+      home,
+      trained.tables or None,
+      trained.hashing,
+      row_format=row_format,
+      compression_digest=trained.compression.digest,
+      made_from=trained.identity,
+      allow_other_step=allow_other_step,
+      verify=verify,
+      cache_bytes=math.ceil(cache_mib * 2**20),
+    )
   # What the store replaces need not stay on the device.
   return dataclasses.replace(trained, tables={}), store

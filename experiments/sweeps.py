@@ -1,5 +1,6 @@
 """Several runs that differ in one thing: the same seeds, the same text."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics
 from engram_jax.training.stopping import StoppedError
+from experiments import progress
 
 
 def changed(
@@ -93,20 +95,48 @@ def train_seeds(
   *,
   seeds: Sequence[int],
   eval_batches: int,
+  shown: progress.Progress | None = None,
 ) -> list[dict[str, Any]]:
-  """`train_once` for each seed, telling how it goes."""
+  """`train_once` for each seed, telling how it goes.
+
+  Args:
+    name: of the runs, in the names of their folders.
+    config: of the runs, but for the seed.
+    workdir: folder of their folders.
+    seeds: of the runs.
+    eval_batches: see `train_once`.
+    shown: counts the runs; see `runs_of`.
+  """
   records = []
   for seed in seeds:
     seeded = changed(config, {"train.seed": seed})
+    progress.say(f"run {name}, seed {seed}: {config.train.steps:,} steps")
     try:
       record = train_once(
         seeded, workdir / f"{name}-seed{seed}", eval_batches=eval_batches
       )
     except NonFiniteError as error:
       raise NonFiniteError(f"{name}, seed {seed}: {error}") from None
+    if shown is not None:
+      shown.update()
     print(f"{name}, seed {seed}: {record['loss']['on']:.4f}", flush=True)
     records.append(record)
   return records
+
+
+def runs_of(
+  config: ExperimentConfig, count: int
+) -> contextlib.AbstractContextManager[progress.Progress]:
+  """Says what all the runs of a program come to, and counts them.
+
+  Args:
+    config: of one of them; the others are as long.
+    count: number of runs.
+  """
+  train = config.train
+  tokens = train.steps * train.batch_size * train.seq_len
+  progress.say(f"{count} runs of {train.steps:,} steps, {tokens:,} tokens each")
+  return progress.counting("training", total=count, unit="runs")
 
 
 def spread(values: Sequence[float]) -> str:

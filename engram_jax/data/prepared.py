@@ -25,6 +25,7 @@ from absl import logging
 
 from engram_jax.data import folders, sources
 from engram_jax.data.text_dataset import (
+  TextDataset,
   damaged,
   read_index,
   write_dataset,
@@ -270,6 +271,7 @@ def _build_in(
     "skipped": census.skipped,
     "empty": census.empty,
     "ends_held_out": ends,
+    "files": _digests(building),
   }
   (building / "prepared.json").write_text(json.dumps(record, indent=2))
 
@@ -340,10 +342,34 @@ def _split_info(folder: pathlib.Path, split: str, census: _Census) -> SplitInfo:
   )
 
 
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  """What ties the files together: sha256 of small ones, size of the pieces."""
+  names = ["tokenizer.json", *(f"index-{name}.npz" for name in sources.SPLITS)]
+  paths = [folder / name for name in names if (folder / name).exists()]
+  found = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in paths}
+  pieces = sorted((folder / TextDataset.name).rglob("*.array_record*"))
+  for path in pieces:
+    size = path.stat().st_size
+    found[path.relative_to(folder).as_posix()] = f"{size} bytes"
+  return found
+
+
+def _require_own_files(folder: pathlib.Path, record: dict[str, Any]) -> None:
+  """Refuses files of a folder that are not those that it was made with."""
+  if "files" not in record:
+    logging.warning("%s: not known what its files were made of", folder)
+  present = _digests(folder)
+  for name, wanted in record.get("files", present).items():
+    found = present.get(name, "missing")
+    valid = f"{wanted}, as it was prepared; delete {folder} to prepare it anew"
+    require(found == wanted, f"digest of {folder / name}", found, valid)
+
+
 def _load(folder: pathlib.Path) -> PreparedData:
   path = folder / "tokenizer.json"
   try:
     record = json.loads((folder / "prepared.json").read_text())
+    _require_own_files(folder, record)
     tokenizer = load_tokenizer(path)
     return PreparedData(
       folder=folder,
@@ -356,6 +382,8 @@ def _load(folder: pathlib.Path) -> PreparedData:
       empty=record["empty"],
       ends_held_out=record["ends_held_out"],
     )
+  except InputError:
+    raise
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise damaged(folder, error) from None
 

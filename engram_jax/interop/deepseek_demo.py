@@ -13,6 +13,10 @@ Its module of one layer holds, as `state_dict` names them (G streams):
 
 Matrices are (out, in) there and (in, out) here; the convolution's channels are
 g D + d. Nothing is rounded: what was loaded is given back byte by byte.
+
+A `state_dict` has no place for what it is from, and the demo refuses names that
+it does not know. A file of it has: safetensors' metadata takes the texts of
+`WeightsIdentity.to_metadata`, and `from_metadata` finds them there again.
 """
 
 from collections.abc import Mapping

@@ -43,6 +43,7 @@ from jaxtyping import Int8, UInt8
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError, require
 from engram_jax.fusion.engram import Engram, EngramParams
+from engram_jax.identity import WeightsIdentity, require_same_weights
 from engram_jax.interop.fp8_blocks import scale_shape, unpack_blocks
 from engram_jax.interop.modules import engram_of
 from engram_jax.interop.safetensors_files import SafetensorsFile, Shards
@@ -51,6 +52,7 @@ from engram_jax.interop.v41_config import (
   RELEASED_MULTIPLIERS,
   V41Fields,
   compressed_pad,
+  read_about,
   read_fields,
   require_compression,
   require_released,
@@ -107,12 +109,14 @@ class V41Checkpoint:
     config: the memory's sizes; it computes in bfloat16.
     hashing: names the rows of compressed token ids.
     store: the rows, packed as fp8 rows of 264 bytes (for d = 256).
+    made_from: the checkpoint of ours that it is from; None if it says none.
   """
 
   folder: Path
   config: EngramConfig
   hashing: NgramHash
   store: SafetensorsStore
+  made_from: WeightsIdentity | None
   _files: Mapping[str, SafetensorsFile]
 
   def params(self, layer: int) -> EngramParams:
@@ -170,6 +174,8 @@ def open_v41(
   *,
   compression: TokenCompression | None = None,
   released: bool = True,
+  made_from: WeightsIdentity | None = None,
+  allow_other_step: bool = False,
 ) -> V41Checkpoint:
   """Opens the memory of a checkpoint; no tensor is read.
 
@@ -179,6 +185,8 @@ def open_v41(
     released: the model must be DeepSeek-V4.1-Flash, as it was released (see
       `v41_config.RELEASED`). False takes any memory of the layout, e.g. one of
       `export_v41`.
+    made_from: the checkpoint that an export must be from; None for any.
+    allow_other_step: take an export of another step of the same run.
 
   Raises:
     InputError: a file or field that is missing, or anything that contradicts
@@ -189,9 +197,21 @@ def open_v41(
   fields = read_fields(path)
   if released:
     require_released(fields, path)
+  found, digest = read_about(path)
+  if made_from is not None:
+    valid = "a checkpoint: the folder does not say which it is from"
+    require(found is not None, f"made_from of {path}", found, valid)
+    require_same_weights(
+      found, made_from, path, allow_other_step=allow_other_step
+    )
   if compression is not None:
     require_compression(compression, fields, released=released)
+    valid = f"{digest}, that of {path}"
+    same = digest in (None, compression.digest)
+    require(same, "compression.digest", compression.digest, valid)
   files = _find(Shards(folder), fields)
+  for file in dict.fromkeys(files.values()):
+    _require_part(file, found, path)
   # After the files, whose sizes bound the search for primes.
   pad = compressed_pad(fields, compression, released=released)
   try:
@@ -213,7 +233,7 @@ def open_v41(
       pair.append(files[name].view(name).reshape(-1, width))
     tables[layer] = tuple(pair)
   store = SafetensorsStore(tables, RowFormat("fp8", d))
-  return V41Checkpoint(folder, fields.config(), hashing, store, files)
+  return V41Checkpoint(folder, fields.config(), hashing, store, found, files)
 
 
 def compress_tokens(tokenizer) -> TokenCompression:
@@ -280,6 +300,21 @@ def tensor_shapes(
     "k_weight": gain,
   }
   return {f"layers.{layer}.engram.{name}": x for name, x in shapes.items()}
+
+
+def _require_part(
+  file: SafetensorsFile, wanted: WeightsIdentity | None, path: Path
+) -> None:
+  """Refuses a file of another export than the config at `path`."""
+  try:
+    found = WeightsIdentity.from_metadata(file.metadata)
+  except InputError as error:
+    field = f"{error.field} of {file.path}"
+    raise InputError(field, error.value, error.valid) from None
+  if found is not None and wanted is not None:
+    require_same_weights(found, wanted, file.path)
+  valid = f"{wanted}, as in {path}"
+  require(found == wanted, f"made_from of {file.path}", found, valid)
 
 
 def _find(shards: Shards, fields: V41Fields) -> dict[str, SafetensorsFile]:

@@ -73,6 +73,7 @@ class SafetensorsFile:
   Attributes:
     path: the file.
     tensors: what its header lists, by name.
+    metadata: texts of its header, by name.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -85,7 +86,8 @@ class SafetensorsFile:
     self.path = Path(path)
     with open_to_read(self.path, "file") as file:
       size = os.fstat(file.fileno()).st_size
-      self.tensors, self._start = _read_header(file, size, self.path)
+      header = _read_header(file, size, self.path)
+      self.tensors, self.metadata, self._start = header
       self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def view(self, name: str) -> UInt8[np.ndarray, "n"]:
@@ -158,13 +160,20 @@ class Shards:
     return file
 
 
-def encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+def encode_header(
+  tensors: Mapping[str, tuple[str, Sequence[int]]],
+  *,
+  metadata: Mapping[str, str] | None = None,
+) -> bytes:
   """The header of a file that holds `tensors` in this order, with its length.
 
   Args:
     tensors: (dtype, shape) of each, by name; whole bytes.
+    metadata: texts by name, for whoever reads the file; None for none.
   """
   fields, at = {}, 0
+  if metadata:
+    fields["__metadata__"] = dict(metadata)
   for name, (dtype, shape) in tensors.items():
     end = at + math.prod(shape) * _BITS[dtype] // 8
     offsets = [at, end]
@@ -226,8 +235,10 @@ def _parse_json(text: bytes, field: str) -> dict[str, Any]:
   return fields
 
 
-def _read_header(file, size: int, path: Path) -> tuple[dict[str, Tensor], int]:
-  """The tensors of a file open at its start, and where the first one is."""
+def _read_header(
+  file, size: int, path: Path
+) -> tuple[dict[str, Tensor], dict[str, str], int]:
+  """Tensors and texts of a file open at its start; where the first is."""
   start = file.read(8)
   valid = "8 bytes at least: those of the header's length"
   require(len(start) == 8, f"size of {path}", size, valid)
@@ -253,7 +264,7 @@ def _read_header(file, size: int, path: Path) -> tuple[dict[str, Tensor], int]:
   whole = start + at == size
   valid = f"{start + at} bytes, as its header says"
   require(whole, f"size of {path}", size, valid)
-  return tensors, start
+  return tensors, metadata, start
 
 
 def _parse_tensor(entry: Any, field: str) -> Tensor:

@@ -10,6 +10,10 @@ sums are `engram_num_embeddings`, which checks both.
 `engram_pad_token_id` is a token id; the hash needs its compressed one. That
 field is ours, `engram_compressed_pad_token_id`: others make it from the map of
 tokens. (In the released model both are 2.)
+
+Ours is `engram_jax`, too, an object beside the others: `made_from`, the
+checkpoint that an export is from (`identity.py`), and `compression_digest`,
+that of its map of tokens. Either may be missing: it is unknown then.
 """
 
 import dataclasses
@@ -18,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.config import EngramConfig
-from engram_jax.errors import require
+from engram_jax.errors import InputError, require
+from engram_jax.identity import WeightsIdentity
 from engram_jax.interop.safetensors_files import are_sizes, is_size, read_json
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
@@ -54,6 +59,10 @@ QUANTIZATION = {
   "weight_block_size": [BLOCK, BLOCK],
   "scale_fmt": "ue8m0",
 }
+
+
+#: The field of an export that says what it is from.
+ABOUT = "engram_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +223,32 @@ def read_fields(path: Path) -> V41Fields:
   ok = min(rows) >= least
   require(ok, name, list(rows), f"{least} at least: columns * vocab_size")
   return fields
+
+
+def read_about(path: Path) -> tuple[WeightsIdentity | None, str | None]:
+  """What a config.json says the memory is from.
+
+  Returns:
+    The checkpoint, and the digest of its map of tokens; None for what is not
+    said.
+
+  Raises:
+    InputError: a field that cannot be.
+  """
+  about = read_json(path).get(ABOUT, {})
+  kind = type(about).__name__
+  require(type(about) is dict, f"{ABOUT} of {path}", kind, "an object")
+  digest = about.get("compression_digest")
+  ok = digest is None or type(digest) is str
+  field = f"{ABOUT}.compression_digest of {path}"
+  require(ok, field, repr(digest), "64 hexadecimal digits")
+  if "made_from" not in about:
+    return None, digest
+  try:
+    return WeightsIdentity.from_dict(about["made_from"]), digest
+  except InputError as error:
+    field = f"{ABOUT}.{error.field} of {path}"
+    raise InputError(field, error.value, error.valid) from None
 
 
 def require_released(fields: V41Fields, path: Path) -> None:

@@ -6,7 +6,9 @@
   model-00002-of-... and on           the table of a layer each
 
 The tensors are those of `deepseek_v41.py`. Rows are written as they come; the
-folder appears whole or not at all.
+folder appears whole or not at all. Where it is told which checkpoint they are
+from, config.json and the header of every file say so, and `open_v41` refuses a
+folder put together of two.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -25,10 +27,16 @@ from jaxtyping import Array, Float, UInt8
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError, require
 from engram_jax.fusion.engram import EngramParams, param_shapes
+from engram_jax.identity import WeightsIdentity
 from engram_jax.interop.deepseek_v41 import tensor_shapes
 from engram_jax.interop.fp8_blocks import pack_blocks
 from engram_jax.interop.safetensors_files import INDEX, encode_header
-from engram_jax.interop.v41_config import QUANTIZATION, V41Fields, fields_of
+from engram_jax.interop.v41_config import (
+  ABOUT,
+  QUANTIZATION,
+  V41Fields,
+  fields_of,
+)
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import RowFormat, pack_rows
 
@@ -60,6 +68,9 @@ def export_v41(
   hashing: NgramHash,
   params: Mapping[int, EngramParams],
   chunks: Mapping[int, Iterable[UInt8[np.ndarray, "_rows n"]]],
+  *,
+  made_from: WeightsIdentity | None = None,
+  compression_digest: str | None = None,
 ) -> None:
   """Writes a memory that `open_v41(folder, released=False)` opens.
 
@@ -71,6 +82,10 @@ def export_v41(
       scale per block of 32 x 32; the gains stay float32.
     chunks: per layer its packed fp8 rows in order, uint8 [any number, d + d /
       32] at a time: of `pack_chunks`, or of a store.
+    made_from: the checkpoint that all this is from, `TrainedModel.identity`;
+      None if it is from none.
+    compression_digest: of the map of tokens that it was trained under,
+      `TokenCompression.digest`; None if unknown.
 
   Raises:
     InputError: a config that the layout has no fields for, other layers, more
@@ -94,7 +109,11 @@ def export_v41(
     valid = f"within a writable folder ({error.strerror})"
     raise InputError("folder", folder, valid) from None
   try:
-    _write_all(partial, fields, params, chunks)
+    about = {} if made_from is None else {"made_from": made_from.to_dict()}
+    if compression_digest is not None:
+      about["compression_digest"] = compression_digest
+    metadata = made_from and made_from.to_metadata()
+    _write_all(partial, fields, params, chunks, about, metadata)
     _sync(partial)
     os.replace(partial, folder)
     _sync(folder.parent)
@@ -120,6 +139,8 @@ def _write_all(
   fields: V41Fields,
   params: Mapping[int, EngramParams],
   chunks: Mapping[int, Iterable[np.ndarray]],
+  about: Mapping[str, Any],
+  metadata: Mapping[str, str] | None,
 ) -> None:
   layers = fields.engram_layer_ids
   shapes = {layer: tensor_shapes(fields, layer) for layer in layers}
@@ -132,7 +153,7 @@ def _write_all(
     for name in names:
       dtypes, shape = shapes[int(name.split(".")[1])][name]
       tensors[name] = dtypes[-1], shape  # of two the lossless one
-    header = encode_header(tensors)
+    header = encode_header(tensors, metadata=metadata)
     file, starts, at = open(path, "xb"), {}, len(header)
     file.write(header)
     for name, (dtype, shape) in tensors.items():
@@ -163,6 +184,8 @@ def _write_all(
 
   stored = dataclasses.asdict(fields)
   config = {"text_config": stored, "quantization_config": QUANTIZATION}
+  if about:
+    config[ABOUT] = dict(about)
   index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
   for name, content in (("config.json", config), (INDEX, index)):
     with open(folder / name, "xb") as file:

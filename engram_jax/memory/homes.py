@@ -3,9 +3,10 @@
 device     packed, in the device's memory
 pinned     packed, in pinned host memory
 host       packed, in host memory
-file:PATH  a row file, which must be the model's
+file:PATH  a row file, which must be the model's, of its run and its step
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from engram_jax.errors import InputError, require
+from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.hot_rows import CachedStore
 from engram_jax.memory.lookup import Tables, require_tables
@@ -51,6 +53,8 @@ def open_store(
   *,
   row_format: str | None = None,
   compression_digest: str | None = None,
+  made_from: WeightsIdentity | None = None,
+  allow_other_step: bool = False,
   verify: bool = False,
   cache_bytes: int = 0,
 ) -> RowStore:
@@ -63,21 +67,29 @@ def open_store(
     row_format: of the packed rows, one of `FORMATS`; None for float32, or for
       what the file has.
     compression_digest: the model's, which a file must have; None for any.
+    made_from: the checkpoint whose rows a file must hold; None for any. One
+      that does not say whose it holds is taken, and a line logged.
+    allow_other_step: take a file of another step of the same run, and log it.
     verify: whether a file's checksums are compared first, which reads all of
       it; without, its header and size alone are.
     cache_bytes: of rows kept on the device before it; 0 for none.
 
   Raises:
-    InputError: an unknown home or format; a file of another model, of another
-      format than the one asked for, or damaged; nothing to verify; tables that
-      are missing or not finite; a cache of less than a row.
+    InputError: an unknown home or format; a file of another model, run or
+      step, of another format than the one asked for, or damaged; nothing to
+      verify; tables that are missing or not finite; a cache of less than a
+      row.
   """
   if reads_a_file(home):
     file = RowFile(
       Path(home.removeprefix(_FILE)).expanduser(),
       hashing=hashing,
       compression_digest=compression_digest,
+      made_from=made_from,
+      allow_other_step=allow_other_step,
     )
+    if made_from is not None:
+      _say_whose(file, made_from)
     found = file.header.row_format.name
     valid = f"{found}, the file's, or none"
     require(row_format in (None, found), "row_format", row_format, valid)
@@ -87,6 +99,8 @@ def open_store(
   else:
     valid = f"a store that is {_FILE}PATH: {home} has no checksums"
     require(not verify, "verify", verify, valid)
+    valid = f"a store that is {_FILE}PATH: {home} has the model's own rows"
+    require(not allow_other_step, "allow_other_step", allow_other_step, valid)
     if tables is None:
       raise InputError("tables", None, f"the tables to be kept on {home}")
     packed, fmt = pack_tables(tables, hashing, row_format or "float32")
@@ -96,6 +110,17 @@ def open_store(
   if not cache_bytes:
     return store
   return CachedStore(store, capacity_bytes=cache_bytes)
+
+
+def _say_whose(file: RowFile, wanted: WeightsIdentity) -> None:
+  """Logs that a file's rows may be, or are, not the model's own."""
+  found, log = file.header.made_from, logging.getLogger(__name__)
+  if found is None:
+    line = "%s does not say which checkpoint its rows are from: not compared"
+    log.warning(line, file.path)
+  elif found.weights != wanted.weights:
+    line = "%s holds the rows of step %d, the model is that of step %d"
+    log.warning(line, file.path, found.step, wanted.step)
 
 
 def pack_tables(

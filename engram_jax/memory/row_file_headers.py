@@ -1,13 +1,17 @@
 """The header of a row file (`row_files.py`): fields, layout and parser.
 
   magic, version, length and CRC-32 of the text that follows, little-endian
-  a JSON text: format, width, layers, num_rows, hash, compression_digest
+  a JSON text: format, width, layers, num_rows, hash, compression_digest,
+    made_from
   zeros up to a multiple of 4096 bytes
 
 Where rows and checksums lie follows from the fields, so that no offset is
 stored and none can be wrong. A file's bytes may be anything: the parser
 looks at every type and bound before it uses a value, and takes a header only
 if writing it again gives the same bytes.
+
+Version 1 had no `made_from`. Its files are read as before, and whose rows they
+hold is unknown.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engram_jax.errors import InputError, require
+from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import RowFormat
 
@@ -26,7 +31,9 @@ PAGE = 4096
 #: Of rows under one checksum, at most.
 BLOCK_BYTES = 4 * 2**20
 #: Of the layout of `row_files.py`.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Those that are read.
+KNOWN_VERSIONS = (1, 2)
 
 _MAGIC = b"ENGRROWS"
 # Magic, version, length and CRC-32 of the JSON text.
@@ -48,15 +55,23 @@ class Header:
     hashing: the hash whose ids name these rows; None if unknown.
     compression_digest: `TokenCompression.digest` under which they were
       trained; None if unknown.
+    made_from: the checkpoint whose rows they are; None if unknown.
+    version: of the file; `made_from` is None in one of version 1.
   """
 
   row_format: RowFormat
   num_rows: Mapping[int, int]
   hashing: NgramHash | None = None
   compression_digest: str | None = None
+  made_from: WeightsIdentity | None = None
+  version: int = FORMAT_VERSION
 
   def __post_init__(self):
     """Refuses what no file can hold, and rows that the hash does not name."""
+    known = self.version in KNOWN_VERSIONS
+    require(known, "version", self.version, f"one of {KNOWN_VERSIONS}")
+    ok = self.made_from is None or self.version > 1
+    require(ok, "made_from", self.made_from, "None in version 1")
     ok = len(self.num_rows) >= 1 and min(self.num_rows) >= 0
     require(ok, "layers", list(self.num_rows), "one or more ids from 0 on")
     size = self.row_format.bytes_per_row
@@ -134,10 +149,13 @@ class Header:
       "hash": None if self.hashing is None else self.hashing.to_dict(),
       "compression_digest": self.compression_digest,
     }
+    if self.version > 1:
+      made_from = self.made_from
+      fields["made_from"] = None if made_from is None else made_from.to_dict()
     text = json.dumps(fields).encode()
     valid = f"a header of at most {_MAX_JSON} bytes"
     require(len(text) <= _MAX_JSON, "hashing", f"{len(text)} bytes", valid)
-    start = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text))
+    start = _PREAMBLE.pack(_MAGIC, self.version, len(text), zlib.crc32(text))
     whole = start + text
     return whole + bytes(-len(whole) % PAGE)
 
@@ -157,8 +175,9 @@ def read_header(file: BinaryIO, path: Path) -> Header:
   ok = len(start) == _PREAMBLE.size and start.startswith(_MAGIC)
   require(ok, f"start of {path}", start[: len(_MAGIC)], valid)
   _, version, length, checksum = _PREAMBLE.unpack(start)
-  known = version == FORMAT_VERSION
-  require(known, f"version of {path}", version, str(FORMAT_VERSION))
+  known = version in KNOWN_VERSIONS
+  valid = " or ".join(map(str, KNOWN_VERSIONS))
+  require(known, f"version of {path}", version, valid)
   ok = 0 < length <= _MAX_JSON
   require(ok, f"header length of {path}", length, f"1 to {_MAX_JSON} bytes")
   text = file.read(length)
@@ -171,7 +190,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
     valid = "JSON text"
     raise InputError(f"header of {path}", "no JSON text", valid) from None
   try:
-    header = _parse(fields)
+    header = _parse(fields, version)
   except InputError as error:
     field = f"{error.field} of {path}"
     raise InputError(field, error.value, error.valid) from None
@@ -191,12 +210,13 @@ def _are_ints(values: Any) -> bool:
   return type(values) is list and all(map(_is_int, values))
 
 
-def _parse(fields: Any) -> Header:
+def _parse(fields: Any, version: int) -> Header:
   """A header of what JSON gave, which may be anything."""
   names = "format width layers num_rows hash compression_digest".split()
+  names += ["made_from"] if version > 1 else []
   found = sorted(fields) if type(fields) is dict else type(fields).__name__
   require(found == sorted(names), "header", found, f"fields {sorted(names)}")
-  name, width, layers, num_rows, constants, digest = map(fields.get, names)
+  name, width, layers, num_rows, constants, digest = map(fields.get, names[:6])
   require(type(name) is str, "format", name, "a name")
   ok = _is_int(width) and width <= _MAX_ROW_BYTES
   require(ok, "width", width, f"an integer from 1 to {_MAX_ROW_BYTES}")
@@ -208,7 +228,11 @@ def _parse(fields: Any) -> Header:
   require(ok, "compression_digest", digest, "64 hexadecimal digits")
   hashing = None if constants is None else _parse_hash(constants)
   num_rows = dict(zip(layers, num_rows))
-  return Header(RowFormat(name, width), num_rows, hashing, digest)
+  made_from = fields.get("made_from")
+  if made_from is not None:
+    made_from = WeightsIdentity.from_dict(made_from)
+  row_format = RowFormat(name, width)
+  return Header(row_format, num_rows, hashing, digest, made_from, version)
 
 
 def _parse_hash(constants: Any) -> NgramHash:

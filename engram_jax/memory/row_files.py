@@ -35,6 +35,7 @@ from jaxtyping import Int, UInt8
 
 from engram_jax.errors import require
 from engram_jax.files import open_to_read, whole_file
+from engram_jax.identity import WeightsIdentity, require_same_weights
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.row_file_headers import Header, read_header
 
@@ -126,6 +127,8 @@ class RowFile:
     *,
     hashing: NgramHash | None = None,
     compression_digest: str | None = None,
+    made_from: WeightsIdentity | None = None,
+    allow_other_step: bool = False,
   ):
     """Opens the file and reads its header, no row.
 
@@ -133,15 +136,24 @@ class RowFile:
       path: a file of `write_row_file`.
       hashing: the hash that the file must have, e.g. a model's; None for any.
       compression_digest: the digest that it must have; None for any.
+      made_from: the checkpoint whose rows it must hold; None for any. A file
+        that does not say (`header.made_from` is None) is taken.
+      allow_other_step: take the rows of another step of the same run.
 
     Raises:
       InputError: a file that is missing, truncated, damaged in its header, of
-        another kind, or of another model: by the first field that differs.
+        another kind, or of another model, run or step: by the first field
+        that differs.
     """
     self.path = Path(path)
     with open_to_read(self.path, "row file") as file:
       self.header = read_header(file, self.path)
       self._require_model(hashing, compression_digest)
+      found = self.header.made_from
+      if made_from is not None and found is not None:
+        require_same_weights(
+          found, made_from, self.path, allow_other_step=allow_other_step
+        )
       self._identity = _identity(file)
       size = os.fstat(file.fileno()).st_size
       valid = f"{self.header.file_bytes} bytes, as its header says"

@@ -117,6 +117,8 @@ def check_constants(
   """
 
   def free(path: str) -> bool:
+    if path == "held_out_digest":
+      return path not in found  # as in earlier checkpoints
     return path == "versions" or path.removeprefix("config.") in FREE_FIELDS
 
   difference = first_difference(plain(found), plain(expected), free=free)
@@ -334,7 +336,7 @@ class Checkpoints:
       InputError: no such checkpoint, or a damaged one.
     """
     step = self._resolve(step)
-    manifest = self._manifest(step)
+    manifest = self.read_manifest(step)
     constants = self._read(step, constants=ocp.args.JsonRestore())["constants"]
     self._require_whole(
       digest(constants) == manifest["constants"], step, "constants"
@@ -368,7 +370,7 @@ class Checkpoints:
     templates = _split(template)
     restored = self._read_arrays(step, templates)
     if data_iterator is not None:
-      saved = self._manifest(step)["data"]
+      saved = self.read_manifest(step)["data"]
       valid = "a checkpoint that was saved with a data_iterator"
       require(saved, "data_iterator", f"not in step {step}", valid)
       self._set_position(step, data_iterator)
@@ -380,7 +382,7 @@ class Checkpoints:
   ) -> tuple[nnx.State, nnx.State, dict[int, Array]]:
     """What inference needs: parameters, balancing biases and tables.
 
-    The optimizer's items are neither read nor looked at in the template.
+    The optimizer's items are not read, nor looked at in the template.
 
     Args:
       template: as for `restore`; its `opt_state` and `table_states` may be
@@ -427,7 +429,8 @@ class Checkpoints:
     with reading(name, self.directory / str(step)):
       return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-  def _manifest(self, step: int) -> dict[str, Any]:
+  def read_manifest(self, step: int) -> dict[str, Any]:
+    """What `manifest.py` says of a checkpoint."""
     manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
     whole = {"arrays", "rows", "constants", "data"} <= set(manifest)
     self._require_whole(whole, step, "manifest")
@@ -437,7 +440,7 @@ class Checkpoints:
     self, step: int, templates: Mapping[str, Any]
   ) -> dict[str, Any]:
     """Trees like `templates`, by item, checked against the manifest."""
-    manifest = self._manifest(step)
+    manifest = self.read_manifest(step)
     described, flat = manifest["arrays"], {}
     for name, tree in templates.items():
       # All of them before any is read: that can take long.

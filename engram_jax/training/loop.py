@@ -36,6 +36,7 @@ from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.companions import require_own_files
 from engram_jax.training.evaluation import make_eval_step, mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import MetricsWriter
@@ -167,8 +168,12 @@ def run(
       compression=compression,
       tokenizer=data.tokenizer,
       data_digest=data.splits["train"].digest,
+      held_out_digest=data.splits["validation"].digest,
     )
     if stored is not None:
+      processes.together(
+        lambda: require_own_files(folder.tokenizer, folder.compression, stored)
+      )
       check_constants(stored, expected)
     elif origin is not None:
       origin.require_same(expected)
@@ -359,7 +364,12 @@ class _Loop:
     )
 
     with tqdm.tqdm(
-      total=config.steps, initial=step, disable=not progress, unit="step"
+      total=config.steps,
+      initial=step,
+      disable=not progress,
+      unit="step",
+      # Not a line every tenth of a second in a log.
+      mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
       while True:
         start = time.perf_counter()

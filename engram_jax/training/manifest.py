@@ -16,6 +16,8 @@ zero counts like any other. (Leaving zeros out of a sum of mix(bits + i g) would
 do too, but for one word at each place: -i g, which `mix` sends to 0.)
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +85,28 @@ def rows_in_use(constants: Mapping[str, Any]) -> dict[str, int]:
   stored = constants.get("hash") or {}
   primes = zip(stored.get("layers", ()), stored.get("primes", ()))
   return {str(layer): sum(of_heads) for layer, of_heads in primes}
+
+
+def weights_digest(manifest: Mapping[str, Any]) -> str:
+  """Digest of a checkpoint's parameters and tables, from what it says of them.
+
+  It does not depend on the devices that saved: the padding of a table is not in
+  it.
+
+  Args:
+    manifest: with `arrays` by item, from `describe`, and `rows`.
+
+  Returns:
+    64 hexadecimal digits.
+  """
+  found = []
+  for item in ("backbone", "memory"):
+    described = manifest["arrays"].get(item, {})
+    for name, (dtype, shape, total) in sorted(described.items()):
+      used = _rows_of(name, manifest["rows"])
+      shape = shape if used is None else [used, *shape[1:]]
+      found.append([name, dtype, shape, total])
+  return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def require_same_arrays(

@@ -12,7 +12,6 @@ WORKDIR/
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -26,14 +25,20 @@ from jaxtyping import Array
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config_dicts import completed, from_dict, to_dict
-from engram_jax.data.tokenizers import load_tokenizer
 from engram_jax.errors import InputError, require
 from engram_jax.files import usable, whole_file, write_whole
+from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoint_files import steps_in
 from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.companions import (
+  own_compression,
+  own_tokenizer,
+  tokenizer_digest,
+  weights_identity,
+)
 from engram_jax.training.json_values import read_object, to_text
 from engram_jax.training.locks import LOCK
 from engram_jax.training.program import Program
@@ -122,6 +127,9 @@ class TrainedModel:
     compression: None without a memory.
     tokenizer: the run's.
     program: for the functions of `step.py`.
+    identity: of the checkpoint, to be compared with that of a row file.
+    text_digests: of the text that it was trained and rated on, by split; None
+      for one that its checkpoint does not know.
   """
 
   config: ExperimentConfig
@@ -132,6 +140,8 @@ class TrainedModel:
   compression: TokenCompression | None
   tokenizer: tokenizers.Tokenizer
   program: Program
+  identity: WeightsIdentity
+  text_digests: dict[str, str | None]
 
 
 def open_folder(
@@ -200,6 +210,7 @@ def constants(
   compression: TokenCompression | None,
   tokenizer: tokenizers.Tokenizer,
   data_digest: str,
+  held_out_digest: str | None = None,
 ) -> dict[str, Any]:
   """What every checkpoint holds beside its arrays, ready for JSON."""
   packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -208,8 +219,9 @@ def constants(
     "hash": hashing and hashing.to_dict(),
     "compression_digest": compression and compression.digest,
     "compression_size": compression and compression.size,
-    "tokenizer_digest": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+    "tokenizer_digest": tokenizer_digest(tokenizer),
     "data_digest": data_digest,
+    "held_out_digest": held_out_digest,
     "versions": {name: importlib.metadata.version(name) for name in packages},
   }
 
@@ -242,11 +254,16 @@ def make_memory(
 def save_tokenizer_of_run(
   folder: RunFolder, source: pathlib.Path, compression: TokenCompression | None
 ) -> None:
-  """Puts tokenizer and compression into the folder, each whole."""
-  if not folder.tokenizer.exists():
+  """Puts tokenizer and compression into the folder, each whole.
+
+  What is there stays once there is a checkpoint: it is the checkpoint's, see
+  `companions.py`.
+  """
+  begun = bool(folder.saved_steps())
+  if not (begun and folder.tokenizer.exists()):
     with whole_file(folder.tokenizer) as file:
       file.write(source.read_bytes())
-  if compression is not None and not folder.compression.exists():
+  if compression is not None and not (begun and folder.compression.exists()):
     compression.save(folder.compression)
 
 
@@ -270,11 +287,11 @@ def load_run(
     stored = read_constants(saved, step)
     config = from_dict(ExperimentConfig, stored["config"])
     hashing = stored["hash"] and NgramHash.from_dict(stored["hash"])
+    tokenizer = own_tokenizer(folder.tokenizer, stored)
     compression = None
     if hashing is not None:
-      compression = TokenCompression.load(
-        folder.compression, digest=stored["compression_digest"]
-      )
+      compression = own_compression(folder.compression, stored)
+    manifest = saved.read_manifest(step)
     graph, _, _ = abstract_model(config.model)
     program = Program.create(
       config.model,
@@ -294,8 +311,13 @@ def load_run(
     tables=found,
     hashing=hashing,
     compression=compression,
-    tokenizer=load_tokenizer(folder.tokenizer),
+    tokenizer=tokenizer,
     program=program,
+    identity=weights_identity(step, stored, manifest),
+    text_digests={
+      "train": stored["data_digest"],
+      "validation": stored.get("held_out_digest"),
+    },
   )
 
 

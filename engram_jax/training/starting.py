@@ -25,12 +25,14 @@ from engram_jax.errors import InputError, require
 from engram_jax.files import write_whole
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.companions import require_own_files
 from engram_jax.training.json_values import (
   first_difference,
   plain,
   read_object,
   to_text,
 )
+from engram_jax.training.manifest import weights_digest
 from engram_jax.training.program import Program
 from engram_jax.training.runs import RunFolder, abstract_state, read_constants
 from engram_jax.training.state import TrainState
@@ -53,6 +55,7 @@ FREE_FIELDS = frozenset(
     "config.train",
     "config.mesh",
     "data_digest",
+    "held_out_digest",
     "versions",
   }
 )
@@ -66,11 +69,13 @@ class Origin:
     folder: of its run.
     step: of the checkpoint.
     constants: what the checkpoint holds beside its arrays.
+    weights: digest of its parameters and tables; None if unknown.
   """
 
   folder: RunFolder
   step: int
   constants: Mapping[str, Any]
+  weights: str | None = None
 
   def require_same(self, expected: Mapping[str, Any]) -> None:
     """Refuses a run whose weights would be of another shape or meaning.
@@ -81,7 +86,7 @@ class Origin:
     Raises:
       InputError: the first that differs, with both values.
     """
-    found = plain({name: self.constants[name] for name in expected})
+    found = plain({name: self.constants.get(name) for name in expected})
     wanted = plain(expected)
     difference = first_difference(found, wanted, free=FREE_FIELDS.__contains__)
     if difference is not None:
@@ -122,6 +127,7 @@ def find_origin(
     require(init_step is None, "init_step", init_step, "None without init_from")
   if folder.saved_steps():
     return None
+  before = None
   if folder.origin.exists():
     before = read_object(folder.origin, "origin.json")
     valid = "an undamaged JSON file with workdir and step"
@@ -144,12 +150,19 @@ def find_origin(
     with Checkpoints.open(source.checkpoints) as saved:
       step = saved.latest_step() if init_step is None else init_step
       constants = read_constants(saved, step)
+      weights = weights_digest(saved.read_manifest(step))
+    require_own_files(source.tokenizer, source.compression, constants)
   except InputError as error:
     names = {"workdir": "init_from", "directory": "init_from"}
     names["step"] = "init_step"
     field = names.get(error.field, error.field)
     raise InputError(field, error.value, error.valid) from None
-  origin = Origin(source, step, constants)
+  # Files of before there was a digest name the checkpoint alone.
+  known = before and before.get("weights")
+  valid = f"{known}, from which this run started before; or another workdir"
+  field = f"weights of step {step} of {source.path}"
+  require(known in (None, weights), field, weights, valid)
+  origin = Origin(source, step, constants, weights)
   origin.require_same({"config": to_dict(config)})
   return origin
 
@@ -174,7 +187,11 @@ def tokenizer_of(
 
 def record_origin(folder: RunFolder, origin: Origin) -> None:
   """Writes into a run's folder where it starts from."""
-  found = {"workdir": str(origin.folder.path), "step": origin.step}
+  found = {
+    "workdir": str(origin.folder.path),
+    "step": origin.step,
+    "weights": origin.weights,
+  }
   write_whole(folder.origin, to_text(found))
 
 

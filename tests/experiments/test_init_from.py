@@ -57,7 +57,11 @@ def test_longer_text(trained, program, tmp_path):
   done = program(*arguments, configured=False)
   assert done.returncode == 0, done.stderr
   assert f"Starting from step 4 of {trained}" in done.stderr
-  origin = {"workdir": str(trained), "step": 4}
+  origin = {
+    "workdir": str(trained),
+    "step": 4,
+    "weights": load_run(trained).identity.weights,
+  }
   assert json.loads((workdir / "origin.json").read_text()) == origin
   records = read_metrics(workdir / "metrics.jsonl", "train")
   assert [record["step"] for record in records] == [1, 2, 3]

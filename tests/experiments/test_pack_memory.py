@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
+from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import unpack_rows
@@ -29,7 +30,10 @@ def model(width=32, layers=(1, 3), padding=5):
     for layer, rows in hashing.num_rows.items()
   }
   return types.SimpleNamespace(
-    tables=tables, hashing=hashing, compression=compression
+    tables=tables,
+    hashing=hashing,
+    compression=compression,
+    identity=WeightsIdentity("ab" * 32, 4, "cd" * 32),
   )
 
 
@@ -46,6 +50,7 @@ def test_the_model_reads_its_rows_from_the_file(
   hashing, digest = trained.hashing, trained.compression.digest
   file = RowFile(tmp_path / "rows", hashing=hashing, compression_digest=digest)
   file.verify()
+  assert file.header.made_from == trained.identity
   canonical = jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, 7)))
   ids = hashing.hash(canonical)
   found = unpack(FileStore(file).read(ids), file.header.row_format)

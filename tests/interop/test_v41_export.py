@@ -12,9 +12,11 @@ import safetensors
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError
 from engram_jax.fusion.engram import EngramParams, param_shapes
+from engram_jax.identity import WeightsIdentity
 from engram_jax.interop import v41_export
 from engram_jax.interop.deepseek_v41 import open_v41
 from engram_jax.interop.v41_export import export_v41, pack_chunks
+from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import RowFormat, pack_rows
 
@@ -211,6 +213,74 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, trained):
     with pytest.raises(error, match=match):
       export_v41(tmp_path / "m", CONFIG, HASH, params, given)
     assert not os.listdir(tmp_path)
+
+
+MADE_FROM = WeightsIdentity("ab" * 32, 12, "cd" * 32)
+EARLIER = WeightsIdentity("ab" * 32, 8, "ef" * 32)
+
+
+def test_says_what_it_is_from(tmp_path, trained):
+  params, tables = trained
+  compression = TokenCompression.from_canonical_ids(
+    [0, 1, 2, 3, 4, *range(5, 70)]
+  )
+  hashing = hash_of(CONFIG, pad_id=1)
+
+  def export(name, made_from):
+    about = dict(made_from=made_from, compression_digest=compression.digest)
+    folder = tmp_path / name
+    export_v41(folder, CONFIG, hashing, params, chunks(tables), **about)
+    return folder
+
+  folder, earlier = export("m", MADE_FROM), export("e", EARLIER)
+  found = open_v41(
+    folder, released=False, made_from=MADE_FROM, compression=compression
+  )
+  assert found.made_from == MADE_FROM
+  options = dict(released=False, made_from=MADE_FROM)
+  with pytest.raises(InputError, match=r"^step of .*config.json: 8; valid: 12"):
+    open_v41(earlier, **options)
+  assert open_v41(earlier, allow_other_step=True, **options).made_from.step == 8
+  other = WeightsIdentity("12" * 32, 12, "34" * 32)
+  with pytest.raises(InputError, match=r"^run of .*config.json: abab"):
+    open_v41(folder, released=False, made_from=other, allow_other_step=True)
+  # A map of tokens of the same size that is another map.
+  swapped = [*range(70), 5]
+  swapped = TokenCompression.from_canonical_ids(swapped)
+  with pytest.raises(InputError, match=r"^compression\.digest: .*; valid: "):
+    open_v41(folder, released=False, compression=swapped)
+  # One file of another export, and one that does not say.
+  name = "model-00002-of-00003.safetensors"
+  own = (folder / name).read_bytes()
+  (folder / name).write_bytes((earlier / name).read_bytes())
+  with pytest.raises(InputError, match=rf"^step of .*{name}: 8; valid: 12"):
+    open_v41(folder, released=False)
+  export_v41(tmp_path / "n", CONFIG, hashing, params, chunks(tables))
+  (folder / name).write_bytes((tmp_path / "n" / name).read_bytes())
+  with pytest.raises(InputError, match=rf"^made_from of .*{name}: None; valid"):
+    open_v41(folder, released=False)
+  (folder / name).write_bytes(own)
+  assert open_v41(tmp_path / "n", released=False).made_from is None
+  with pytest.raises(InputError, match=r"^made_from of .*: None; valid: a che"):
+    open_v41(tmp_path / "n", **options)
+
+
+@pytest.mark.parametrize(
+  "about, match",
+  [
+    ([], r"^engram_jax of .*config.json: list; valid: an object"),
+    ({"made_from": 3}, r"^engram_jax.made_from of .*config.json: int"),
+    ({"compression_digest": 3}, r"^engram_jax.compression_digest of .*: 3"),
+  ],
+)
+def test_what_it_says_may_be_anything(tmp_path, trained, about, match):
+  params, tables = trained
+  export_v41(tmp_path / "m", CONFIG, HASH, params, chunks(tables))
+  path = tmp_path / "m" / "config.json"
+  config = json.loads(path.read_text()) | {"engram_jax": about}
+  path.write_text(json.dumps(config))
+  with pytest.raises(InputError, match=match):
+    open_v41(tmp_path / "m", released=False)
 
 
 def test_never_overwrites(tmp_path, trained):

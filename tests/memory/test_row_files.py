@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
+from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.row_file_headers import Header
@@ -22,6 +23,7 @@ from engram_jax.memory.row_files import RowFile, write_row_file
 
 FP8 = RowFormat("fp8", 256)
 DIGEST = "5a" * 32
+MADE_FROM = WeightsIdentity("ab" * 32, 12, "cd" * 32)
 HASH = NgramHash.create(
   vocab_size=50, rows_per_head=(30, 40), heads=2, layers=(1, 14), pad_id=2
 )
@@ -53,7 +55,7 @@ def read(file, layer, ids):
 @pytest.fixture
 def written(tmp_path):
   """A small file of two layers with hash constants, and its rows."""
-  header = Header(FP8, HASH.num_rows, HASH, DIGEST)
+  header = Header(FP8, HASH.num_rows, HASH, DIGEST, MADE_FROM)
   rows = rows_of(header)
   write_row_file(tmp_path / "rows", chunked(rows, 37), header)
   return tmp_path / "rows", rows
@@ -92,7 +94,7 @@ def test_layout_is_the_one_described(written):
   data, header = path.read_bytes(), RowFile(path).header
   magic, version, length, checksum = struct.unpack("<8sIII", data[:20])
   text = data[20 : 20 + length]
-  assert (magic, version, zlib.crc32(text)) == (b"ENGRROWS", 1, checksum)
+  assert (magic, version, zlib.crc32(text)) == (b"ENGRROWS", 2, checksum)
   assert json.loads(text)["hash"] == HASH.to_dict()
   assert header.rows_per_page == 15 and header.file_bytes == len(data)
   start = 4096 * -(-(20 + length) // 4096)
@@ -153,6 +155,47 @@ def test_a_file_of_another_model_is_refused_by_name(written):
   write_row_file(path, rows_of_chunks(plain), plain)
   with pytest.raises(InputError, match=r"hash of .*rows: none"):
     RowFile(path, hashing=HASH)
+
+
+def test_rows_of_another_run_or_step_are_refused_by_name(written):
+  path, _ = written
+  assert RowFile(path, made_from=MADE_FROM).header.made_from == MADE_FROM
+  other = dict(run="ef" * 32, step=8, weights="01" * 32)
+  cases = {
+    "run": dict(other),
+    "step": other | {"run": MADE_FROM.run},
+    "weights": other | {"run": MADE_FROM.run, "step": MADE_FROM.step},
+  }
+  for name, fields in cases.items():
+    wanted = WeightsIdentity(**fields)
+    found, mine = getattr(MADE_FROM, name), getattr(wanted, name)
+    match = rf"^{name} of {path}: {found}; valid: {mine}, the checkpoint's"
+    with pytest.raises(InputError, match=match):
+      RowFile(path, made_from=wanted)
+    # Leave to read another step is no leave to read another run.
+    if name == "step":
+      RowFile(path, made_from=wanted, allow_other_step=True)
+    else:
+      with pytest.raises(InputError, match=match):
+        RowFile(path, made_from=wanted, allow_other_step=True)
+
+
+def test_a_file_of_version_1_is_read_and_says_nothing_of_its_rows(tmp_path):
+  header = Header(FP8, HASH.num_rows, HASH, DIGEST, version=1)
+  rows, path = rows_of(header), tmp_path / "rows"
+  write_row_file(path, chunked(rows, 37), header)
+  assert struct.unpack("<I", path.read_bytes()[8:12])[0] == 1
+  file = RowFile(path, hashing=HASH, made_from=MADE_FROM)
+  file.verify()
+  assert (file.header.version, file.header.made_from) == (1, None)
+  np.testing.assert_array_equal(read(file, 14, range(9)), rows[14][:9])
+  # It has no place for more.
+  with pytest.raises(
+    InputError, match=r"made_from: .*valid: None in version 1"
+  ):
+    Header(FP8, {1: 3}, made_from=MADE_FROM, version=1)
+  with pytest.raises(InputError, match=r"^version: 3; valid: "):
+    Header(FP8, {1: 3}, version=3)
 
 
 def rows_of_chunks(header):
@@ -242,8 +285,8 @@ def test_truncated_and_foreign_files_are_refused_by_name(written, tmp_path):
       InputError, match=r"row file: .*valid: an existing file"
     ):
       RowFile(missing)
-  path.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
-  with pytest.raises(InputError, match=f"version of {name}: 2; valid: 1"):
+  path.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
+  with pytest.raises(InputError, match=f"version of {name}: 3; valid: 1 or 2"):
     RowFile(path)
   path.write_bytes(data[:12] + struct.pack("<I", 2**32 - 1) + data[16:])
   with pytest.raises(InputError, match=f"header length of {name}: 4294967295"):
@@ -291,7 +334,7 @@ def mutated(value, random):
 
 
 def with_text(text):
-  start = struct.pack("<8sIII", b"ENGRROWS", 1, len(text), zlib.crc32(text))
+  start = struct.pack("<8sIII", b"ENGRROWS", 2, len(text), zlib.crc32(text))
   return start + text + bytes(-(len(start) + len(text)) % 4096)
 
 
