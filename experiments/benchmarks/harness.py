@@ -86,7 +86,7 @@ def run(benchmark: Benchmark) -> None:
       if given[flag].value != benchmark.flags[flag][0]:
         for other, value in defaults.items():
           given.set_default(other, value)
-    config = {flag: given[flag].value for flag in benchmark.flags}
+    config = {flag: _value(given[flag].value) for flag in benchmark.flags}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
     result = {**about, **benchmark.measure(**config)}
@@ -97,6 +97,13 @@ def run(benchmark: Benchmark) -> None:
     print("\n\n".join([*texts, f"written to {given.out}"]))
 
   cli.run(main)
+
+
+def _value(value: Any) -> Any:
+  """A flag's; a list of words may be given at once and one by one."""
+  if isinstance(value, list) and any(isinstance(x, str) for x in value):
+    return [word for words in value for word in words.split(",")]
+  return value
 
 
 def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
@@ -111,7 +118,7 @@ def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
       case float():
         flags.DEFINE_float(name, default, text, lower_bound=0.0)
       case [str(), *_]:
-        flags.DEFINE_list(name, default, text)
+        flags.DEFINE_multi_string(name, default, f"{text} Commas, or again.")
       case list():
         kind = float if any(isinstance(x, float) for x in default) else int
         number_flags.define(name, default, text, kind=kind)

@@ -160,6 +160,41 @@ def test_program_prints_a_table_and_writes_json(tmp_path):
   assert {"python", "versions", "cpu", "commit"} <= set(result["environment"])
 
 
+def test_flags_are_read_by_the_kind_of_their_default(tmp_path):
+  code = """
+import sys
+from experiments.benchmarks import harness
+
+def measure(**config):
+  return {"targets": {"x": harness.target(1.0, at_most=2.0)}}
+
+flags = {"words": (["a"], "."), "rates": ([1.0], "."), "on": (False, ".")}
+when = {"on": {"rates": [5.0], "words": ["z"]}}
+benchmark = harness.Benchmark(measure, lambda result: ["table"], flags, when)
+sys.modules["__main__"].__spec__ = sys.modules["json"].__spec__
+harness.run(benchmark)
+"""
+  found = {}
+  for name, given in {
+    "default": [],
+    "given": ["--words=a,b", "--words=c", "--rates=2,3"],
+    "other": ["--on", "--rates=4"],
+  }.items():
+    out = tmp_path / f"{name}.json"
+    command = [sys.executable, "-c", code, *given, f"--out={out}"]
+    done = subprocess.run(
+      command, cwd=harness.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "x: 1, to be at most 2: reached" in done.stdout
+    found[name] = json.loads(out.read_text())["config"]
+  assert found == {
+    "default": {"words": ["a"], "rates": [1.0], "on": False},
+    "given": {"words": ["a", "b", "c"], "rates": [2.0, 3.0], "on": False},
+    "other": {"words": ["z"], "rates": [4.0], "on": True},
+  }
+
+
 @pytest.mark.parametrize(
   "name, flags, message",
   [

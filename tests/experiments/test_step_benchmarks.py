@@ -7,7 +7,12 @@ import pytest
 
 from engram_jax.errors import InputError
 from engram_jax.presets import Preset, preset
-from experiments.benchmarks import compile_time, harness, long_sequence
+from experiments.benchmarks import (
+  compile_time,
+  harness,
+  long_sequence,
+  moe_against_dense,
+)
 from tests.experiments.micro import experiment
 
 CHUNKS = dict(block_size=8, loss_chunk=16)
@@ -186,3 +191,50 @@ def test_targets_of_long_sequences(children):
   assert found["loss_difference"]["value"] == pytest.approx(5e-4)
   assert not found["loss_difference"]["reached"]
   assert found["peak_gib"]["value"] == 100 / 1024
+
+
+# --- experts against dense ---
+
+
+def test_dense_model_activates_as_much():
+  every = moe_against_dense.models(preset("small").model)
+  found = {
+    name: moe_against_dense.counts(model)["activated_without_embedding"]
+    for name, model in every.items()
+  }
+  dense, moe = every["dense"], every["moe"]
+  assert dense.moe is None and dense.engram is None
+  width = 3 * dense.hidden_size * dense.num_layers  # of one more in all blocks
+  assert abs(found["dense"] - found["moe"]) <= width / 2
+  blocks = moe.num_layers - moe.num_dense_layers
+  for name in moe_against_dense.VARIANTS:
+    more = every[name].moe.num_experts - moe.moe.num_experts
+    routers = blocks * moe.hidden_size * more
+    assert found[name] - found["moe"] == routers, name
+  assert found["moe, memory"] > found["moe"]
+
+
+def test_models_want_experts_and_memory():
+  with pytest.raises(InputError, match=r"^preset: a dense model; valid: one"):
+    moe_against_dense.models(preset("dense_4b").model)
+  with pytest.raises(InputError, match=r"^preset: no memory; valid: a preset"):
+    moe_against_dense.models(preset("moe_27b").model)
+
+
+def test_experts_against_dense(monkeypatch):
+  monkeypatch.setattr(moe_against_dense, "find_preset", micro)
+  answer = moe_against_dense.in_turns(
+    preset="", names=["dense", "moe"], batch=2, length=16, repeats=1
+  )
+  assert json.loads(json.dumps(answer)) == answer
+  dense, moe = answer["records"]
+  for record in (dense, moe):
+    assert record["tokens_per_s"] == 32 / (record["median_ms"] / 1e3)
+    assert record["loss"] == pytest.approx(5.7, abs=0.2)
+  assert dense["ratio"] == 1
+  assert dense["dropped"] is None and 0 <= moe["dropped"] < 1
+  assert dense["total"] == dense["activated"] < moe["total"]
+  # A step multiplies by each activated weight three times, and more.
+  assert dense["gflops"] > 6 * 32 * dense["activated"] / 1e9
+  text = "".join(moe_against_dense.tables({"contest": answer}))
+  assert "tokens_per_s" in text and "moe" in text
