@@ -49,8 +49,9 @@ lint: $(VENV)/.installed-dev
 
 # The theme's advertisement is not about these pages.
 docs: export NO_MKDOCS_2_WARNING = 1
+# Not --quiet, which would hide the warnings from --strict.
 docs: $(VENV)/.installed-docs
-	$(VENV)/bin/python -m mkdocs build --quiet --strict
+	$(VENV)/bin/python -m mkdocs build --strict
 	@echo "Open build/docs/index.html"
 
 clean:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,21 +58,51 @@ def modules() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-  """The pages, built as `make docs` does."""
+def build():
+  """Builds the pages of a folder as `make docs` does."""
   for name in ("mkdocs", "mkdocstrings", "material", "mkdocs_api_autonav"):
     pytest.importorskip(name, reason=DOCS)
+
+  def call(folder: Path, site: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site],
+      cwd=folder,
+      env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+      capture_output=True,
+      text=True,
+    )
+
+  return call
+
+
+@pytest.fixture(scope="module")
+def site(build, tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("site")
-  command = (sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict")
-  done = subprocess.run(
-    [*command, "--site-dir", folder],
-    cwd=ROOT,
-    env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-    capture_output=True,
-    text=True,
-  )
+  done = build(ROOT, folder)
   assert done.returncode == 0, done.stdout + done.stderr
   return folder
+
+
+@pytest.mark.parametrize(
+  "page, docstring, warning",
+  [
+    ("Fine.", "Fine.", None),
+    ("[A page](missing.md)", "Fine.", "missing.md"),
+    ("[Here](#missing)", "Fine.", "missing"),
+    ("Fine.", "One argument.\n\n  Args:\n    y: not there.", "'y'"),
+  ],
+)
+def test_a_warning_ends_the_build(build, tmp_path, page, docstring, warning):
+  (tmp_path / "docs").mkdir()
+  (tmp_path / "engram_jax").mkdir()
+  for name in ("mkdocs.yml", "docs/docstring_blocks.py"):
+    shutil.copy(ROOT / name, tmp_path / name)
+  (tmp_path / "docs" / "index.md").write_text(page)
+  text = f'"""All."""\n\n\ndef f(x: int):\n  """{docstring}"""\n'
+  (tmp_path / "engram_jax" / "__init__.py").write_text(text)
+  done = build(tmp_path, tmp_path / "site")
+  assert (done.returncode == 0) == (warning is None), done.stderr
+  assert warning is None or warning in done.stderr
 
 
 def test_every_module_has_a_page(site):
@@ -155,11 +186,24 @@ def written_pages() -> list[Path]:
 @pytest.mark.parametrize("page", written_pages(), ids=lambda path: path.name)
 def test_links_and_named_files_exist(page):
   text = page.read_text(encoding="utf-8")
-  targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+  targets = re.findall(r"\]\((?!https?:|#)([^)\s]+)", text)
   files = re.findall(r"experiments/results/[\w/]+\.\w+", text)
-  missing = [name for name in targets if not (page.parent / name).exists()]
-  missing += [name for name in files if not (ROOT / name).exists()]
+  missing = [name for name in files if not (ROOT / name).exists()]
+  for target in targets:
+    name, _, anchor = target.partition("#")
+    if name.startswith("api/"):  # made by the build, which checks the link
+      continue
+    path = page.parent / name
+    if not path.exists() or (anchor and anchor not in anchors(path)):
+      missing.append(target)
   assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+  """What a link into a Markdown page may name."""
+  headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+  kept = (re.sub(r"[^\w\s-]", "", text.lower()) for text in headings)
+  return {re.sub(r"\s+", "-", text.strip()) for text in kept}
 
 
 def test_build_notes_are_an_index_of_every_page():

@@ -109,7 +109,7 @@ def test_installs_what_the_target_needs(make, calls):
   assert make("docs").returncode == 0
   assert calls() == [
     "A -m pip install --quiet --editable .[docs]",
-    "A -m mkdocs build --quiet --strict",
+    "A -m mkdocs build --strict",
   ]
 
 
