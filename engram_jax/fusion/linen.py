@@ -1,7 +1,11 @@
 """The Engram layer for Linen models: the same `fuse`, `self.param` per array.
 
 Parameter names and shapes are those of `EngramParams`, so weights move between
-this and `engram_jax.Engram` by name.
+this and `engram_jax.Engram` by name. `init` boxes them with the names of their
+axes (`nn.LogicallyPartitioned`; `nn.unbox` takes the arrays out), which mean
+something under Flax's rules alone: `nn.logical_axis_rules(sharding.
+LOGICAL_AXES.items())` are those of the backbone. Which of them are matrices,
+and which decay: `fusion.engram.param_metadata`.
 """
 
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from engram_jax.fusion.engram import (
   fuse,
   fuse_options,
   param_init,
+  param_metadata,
   param_shapes,
 )
 from engram_jax.fusion.short_conv import ConvState
@@ -36,12 +41,14 @@ class Engram(nn.Module):
   config: EngramConfig
 
   def setup(self):
-    self.arrays = EngramParams(
-      **{
-        name: self.param(name, param_init(name), shape, jnp.float32)
-        for name, shape in param_shapes(self.config).items()
-      }
-    )
+    def make(name: str, shape: tuple[int, ...]) -> Array:
+      axes = param_metadata(name).axes
+      init = nn.with_logical_partitioning(param_init(name), axes)
+      return self.param(name, init, shape, jnp.float32)
+
+    shapes = param_shapes(self.config)
+    arrays = {name: make(name, shape) for name, shape in shapes.items()}
+    self.arrays = EngramParams(**arrays)
 
   def fuse(
     self,

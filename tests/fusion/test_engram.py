@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType
 
+from engram_jax import sharding
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError
 from engram_jax.fusion import linen
@@ -174,7 +177,7 @@ def test_linen_equals_nnx_on_shared_weights(options):
   settings = config(**options)
   engram, (hidden, rows) = trained(settings), inputs(settings)
   module = linen.Engram(settings)
-  variables = module.init(jax.random.key(0), hidden, rows)
+  variables = nn.unbox(module.init(jax.random.key(0), hidden, rows))
   shared = engram.params()._asdict()
   shared = {name: x for name, x in shared.items() if x is not None}
   shapes = lambda tree: {name: x.shape for name, x in tree.items()}
@@ -195,6 +198,33 @@ def test_linen_equals_nnx_on_shared_weights(options):
     np.testing.assert_array_equal(gradient, getattr(ours[0].params(), name))
   for gradient, expected in zip(ours[1:], theirs[1:]):
     np.testing.assert_array_equal(gradient, expected)
+
+
+def test_linen_s_parameters_name_their_axes_too():
+  settings = config(projection_bias=True)
+  module, (hidden, rows) = linen.Engram(settings), inputs(settings)
+  variables = module.init(jax.random.key(0), hidden, rows)
+  engram = nnx.eval_shape(lambda: Engram(settings, rngs=nnx.Rngs(0)))
+  names = nn.get_partition_spec(variables)["params"]
+  mesh, explicit = (
+    jax.make_mesh((1, 1, 1, 1), sharding.AXES, axis_types=(kind,) * 4)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+  )
+  rules = list(sharding.LOGICAL_AXES.items())
+  specs = nn.logical_to_mesh_sharding(names, mesh, rules)
+  assert specs.keys() == set(nnx.to_pure_dict(nnx.state(engram)))
+  for name, found in specs.items():
+    parameter = getattr(engram, name)
+    assert tuple(names[name]) == parameter.axes
+    expected = sharding.parameter_spec(parameter.axes, parameter.shape, mesh)
+    expected = jax.sharding.NamedSharding(mesh, expected)
+    assert found.is_equivalent_to(expected, len(parameter.shape)), name
+  # On a mesh, with rules or without, the same layer.
+  expected, _ = module.apply(variables, hidden, rows)
+  for on, by in ((mesh, rules), (mesh, []), (explicit, [])):
+    with jax.set_mesh(on), nn.logical_axis_rules(by):
+      found, _ = jax.jit(module.apply)(variables, hidden, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_starts_as_the_gated_value_alone():
