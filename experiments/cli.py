@@ -135,6 +135,7 @@ def run(
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(_is_not_told_twice)
     console.prepare_stdout()
+    sys.excepthook = _without_closed_loops(sys.excepthook)
     try:
       with second_signal_ends():
         start_processes()
@@ -185,6 +186,19 @@ def _is_not_told_twice(record) -> bool:
   """
   raised = record.name == "asyncio" or "/orbax/" in record.pathname
   return not (raised and record.levelno >= 40)  # ERROR
+
+
+def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+  """An excepthook without the echo of writes that have failed.
+
+  TensorStore tells an event loop of each, which the first one has closed.
+  """
+
+  def filtered(kind, error, trace) -> None:
+    if str(error) != "Event loop is closed":
+      hook(kind, error, trace)
+
+  return filtered
 
 
 def table(rows: Sequence[tuple[str, str]], title: str) -> str:
