@@ -38,13 +38,15 @@ from absl import app, flags
 
 from engram_jax import sharding
 from engram_jax.config import ModelConfig
-from engram_jax.decoding.decoders import StoreDecoder, TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.generate import generate_all, pad_prompts
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.homes import open_store, pack_tables
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import write_row_file
+from engram_jax.memory.stores import TableStore
 from engram_jax.presets import preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.evaluation import losses_by_memory
@@ -103,6 +105,7 @@ class Subject:
       pad_id=int(canonical[memory.pad_id]),
       seed=memory.seed,
     )
+    self.memory = Memory(memory, self.compression, self.hashing)
     graph, _, _ = abstract_model(model)
     self.program = Program.create(
       model,
@@ -164,7 +167,7 @@ class Subject:
 
     cache = 2**16
     yield {
-      "tables": None,
+      "tables": TableStore(tables),
       "device": opened("device", "float32"),
       "pinned": opened("pinned", "float32"),
       "host": opened("host", "float32"),
@@ -177,15 +180,13 @@ class Subject:
   def text(
     self, state: State, store: Store, prompts: list[list[int]], **options
   ) -> list[list[int]]:
-    """The tokens with which the model goes on."""
+    """The tokens with which the model goes on; without a store, alone."""
     return generate_all(
       self.program.model_of(state),
-      state.tables if store is None else None,
-      self.hashing,
-      self.compression,
+      self.memory if store else None,
+      store,
       prompts,
       key=jax.random.key(0),
-      store=store,
       **options,
     )
 
@@ -194,11 +195,7 @@ class Subject:
   ) -> list[np.ndarray]:
     """The logits of a prompt and of some tokens after it."""
     model = self.program.model_of(state)
-    memory = (self.hashing, self.compression)
-    if store is None:
-      decoder = TableDecoder(model, state.tables, *memory)
-    else:
-      decoder = StoreDecoder(model, store, *memory)
+    decoder = Decoder(model, self.memory, store, prefetch=False)
     decoding = decoder.init_state(len(prompts), 64)
     vocab_size = self.program.model.vocab_size
     padded = pad_prompts(prompts, vocab_size=vocab_size)
@@ -215,6 +212,7 @@ class Subject:
   ) -> dict[str, float]:
     """Nats per token by how the memory is used."""
     model = self.program.model_of(state)
+    store = None if isinstance(store, TableStore) else store
     return losses_by_memory(
       self.program, model, state.tables, lambda: batches, store=store
     )
@@ -357,8 +355,8 @@ def of_inference(
     for kind, store in stores.items():
       logits = subject.logits(state, store, PROMPTS, steps=3)
       found[f"logits/{kind}"] = digest(logits)
-      for prefetch in (True, False) if store is not None else (True,):
-        label = f"{kind}, prefetch" if store and prefetch else kind
+      for prefetch in (True,) if kind == "tables" else (True, False):
+        label = f"{kind}, prefetch" if prefetch and kind != "tables" else kind
         more = dict(prefetch=prefetch)
         for how, chosen in (("greedy", options), ("drawn", drawn)):
           text = subject.text(state, store, PROMPTS, **chosen, **more)
@@ -367,7 +365,7 @@ def of_inference(
         losses = subject.evaluated(state, store, batches)
         for memory, loss in losses.items():
           found[f"evaluation/{memory}/{kind}"] = loss.hex()
-    off = subject.text(state, None, PROMPTS, memory="off", **options)
+    off = subject.text(state, None, PROMPTS, **options)
     two = subject.text(state, stores["host"], PROMPTS, slots=2, **options)
   off, two = map(spelled, (off, two))
   return found | {"greedy/off": off, "greedy/host, two slots": two}

@@ -17,6 +17,8 @@ from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_seed
+from engram_jax.memory.memory import Memory
+from engram_jax.memory.stores import TableStore
 from experiments import cli, console, progress, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -43,11 +45,17 @@ def main(argv) -> None:
     require(prompt, "prompt", repr(prompt), "some text to continue")
   trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
   tokenizer = trained.tokenizer
+  memory = None
+  if _MEMORY.value == "off":
+    store = None
+  elif trained.hashing is not None:
+    engram = trained.config.model.engram
+    memory = Memory(engram, trained.compression, trained.hashing)
+    store = store or TableStore(trained.tables)
   steps = generate(
     trained.model,
-    trained.tables or None,
-    trained.hashing,
-    trained.compression,
+    memory,
+    store,
     [tokenizer.encode(prompt).ids for prompt in prompts],
     max_new_tokens=_TOKENS.value,
     key=jax.random.key(_SEED.value),
@@ -56,8 +64,6 @@ def main(argv) -> None:
     top_p=_TOP_P.value,
     end_id=END_ID,
     vocab_size=tokenizer.get_vocab_size(),
-    memory=_MEMORY.value,
-    store=store,
     prefetch=_PREFETCH.value,
     slots=_SLOTS.value,
   )

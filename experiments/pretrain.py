@@ -32,6 +32,8 @@ from engram_jax.data.tokenizers import END_ID, require_text
 from engram_jax.decoding.generate import generate_all
 from engram_jax.errors import require
 from engram_jax.files import write_whole
+from engram_jax.memory.memory import Memory
+from engram_jax.memory.stores import TableStore
 from engram_jax.training import divergence, processes
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.json_values import read_object, to_text
@@ -127,11 +129,15 @@ def draw_gates(result: RunResult) -> None:
 def sample(result: RunResult, prompt: str) -> str:
   """A continuation of `prompt`, prompt included."""
   tokenizer, program = result.data.tokenizer, result.program
+  memory = store = None
+  if program.hashing is not None:
+    engram = program.model.engram
+    memory = Memory(engram, program.compression, program.hashing)
+    store = TableStore(result.state.tables)
   (tokens,) = generate_all(
     program.model_of(result.state),
-    result.state.tables,
-    program.hashing,
-    program.compression,
+    memory,
+    store,
     [tokenizer.encode(prompt).ids],
     max_new_tokens=SAMPLE,
     key=jax.random.key(0),

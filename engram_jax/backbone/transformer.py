@@ -15,6 +15,9 @@ has few arrays. Where the Engram layers sit changes no name and no shape; blocks
 between them are a slice. Axes besides those of `types.py`:
 
   n  blocks of one kind
+
+Here a pass goes over whole sequences. Decoding has a loop of its own over the
+same blocks, with caches: `decoding/forward.py`.
 """
 
 from collections.abc import Mapping
@@ -28,6 +31,11 @@ from jaxtyping import Array, Float, Int
 from engram_jax import sharding
 from engram_jax.backbone.attention import LatentAttention, LatentCache
 from engram_jax.backbone.hyper_connections import HyperConnections, read, write
+from engram_jax.backbone.layer_groups import (
+  LayerGroup,
+  layer_groups,
+  num_dense_blocks,
+)
 from engram_jax.backbone.layers import (
   VOCABULARY,
   Embedding,
@@ -37,65 +45,54 @@ from engram_jax.backbone.layers import (
   normal_param,
 )
 from engram_jax.backbone.moe import MoE, MoEMetrics
-from engram_jax.backbone.spans import (
-  Span,
-  below_memory,
-  num_dense_blocks,
-  spans,
-)
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
-from engram_jax.fusion.engram import Engram, Fusion, init_conv_state
-from engram_jax.fusion.short_conv import ConvState
+from engram_jax.fusion.engram import Engram, Fusion
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows, TokenIds
 
 
-class ModelCache(NamedTuple):
-  """What decoding keeps of the past; one document per sequence.
+class Context(NamedTuple):
+  """What every block is told of the tokens, besides their streams.
 
   Attributes:
-    lengths: int32 [B], tokens so far.
-    attention: one `LatentCache` per block.
-    conv: per Engram layer, the convolution's state (None without one).
+    positions: int32 [B, L], of the tokens in their documents.
+    segments: int32 [B, L], numbers of documents; None for one a sequence.
+    dispatch: of the experts; None for the config's.
   """
 
-  lengths: Int[Array, "B"]
-  attention: tuple[LatentCache, ...]
-  conv: dict[int, ConvState | None]
+  positions: Int[Array, "B L"]
+  segments: Int[Array, "B L"] | None = None
+  dispatch: str | None = None
+
+
+class BlockOutput(NamedTuple):
+  """What a block returns.
+
+  Attributes:
+    streams: [B, L, G, D].
+    cache: the cache with these tokens; None if none was given.
+    moe: of its experts; None without.
+  """
+
+  streams: Hidden
+  cache: LatentCache | None
+  moe: MoEMetrics | None
 
 
 class ModelOutput(NamedTuple):
   """What a forward pass returns.
 
   Attributes:
-    logits: float32 [B, L, V]; [B, 1, V] with `logits_at`; None if not wanted.
-    hidden: [B, L, D] or [B, 1, D], what the head makes logits of.
-    cache: the cache after these tokens; None if none was given.
+    logits: float32 [B, L, V]; None if not wanted.
+    hidden: [B, L, D], what the head makes logits of.
     moe: of the blocks with experts, stacked: [n, E] and [n]; None without.
     gates: float32 [B, L, G] per Engram layer; empty when the memory is off.
   """
 
-  logits: Float[Array, "B L_or_1 V"] | None
-  hidden: Float[Array, "B L_or_1 D"]
-  cache: ModelCache | None
+  logits: Float[Array, "B L V"] | None
+  hidden: Float[Array, "B L D"]
   moe: MoEMetrics | None
   gates: dict[int, Gates]
-
-
-class Begun(NamedTuple):
-  """A forward pass that has come to the first Engram layer; a pytree.
-
-  Attributes:
-    streams: [B, L, G, D].
-    positions: int32 [B, L], of the tokens in their documents.
-    segments: int32 [B, L], numbers of documents; None for one a sequence.
-    moe: of the spans with experts so far.
-  """
-
-  streams: Hidden
-  positions: Int[Array, "B L"]
-  segments: Int[Array, "B L"] | None
-  moe: tuple[MoEMetrics, ...]
 
 
 def document_layout(
@@ -139,36 +136,35 @@ class Block(nnx.Module):
   def __call__(
     self,
     streams: Hidden,
+    context: Context,
     *,
-    positions: Int[Array, "B L"],
-    segments: Int[Array, "B L"] | None,
-    cache: LatentCache | None,
-    dispatch: str | None,
-  ) -> tuple[Hidden, LatentCache | None, MoEMetrics | None]:
-    """The streams after the block; arguments as of `Transformer`."""
-    metrics = None
+    cache: LatentCache | None = None,
+  ) -> BlockOutput:
+    """Attention, then FFN.
+
+    Args:
+      streams: [B, L, G, D].
+      context: of the tokens.
+      cache: the past, in decoding; see `LatentAttention`.
+    """
 
     def attend(x):
-      nonlocal cache
-      y, cache = self.attention(
+      return self.attention(
         self.attention_norm(x),
-        positions=positions,
-        segments=segments,
+        positions=context.positions,
+        segments=context.segments,
         cache=cache,
       )
-      return y
 
     def feed_forward(x):
-      nonlocal metrics
       x = self.ffn_norm(x)
-      if not isinstance(self.ffn, MoE):
-        return self.ffn(x)
-      y, metrics = self.ffn(x, dispatch=dispatch)
-      return y
+      if isinstance(self.ffn, MoE):
+        return self.ffn(x, dispatch=context.dispatch)
+      return self.ffn(x), None
 
-    streams = _around(attend, streams, self.attention_streams)
-    streams = _around(feed_forward, streams, self.ffn_streams)
-    return streams, cache, metrics
+    streams, cache = _around(attend, streams, self.attention_streams)
+    streams, metrics = _around(feed_forward, streams, self.ffn_streams)
+    return BlockOutput(streams, cache, metrics)
 
 
 def _hyper_connections(config: ModelConfig, rngs: nnx.Rngs):
@@ -185,12 +181,19 @@ def _hyper_connections(config: ModelConfig, rngs: nnx.Rngs):
 
 
 def _around(sublayer, streams: Hidden, connections: HyperConnections | None):
-  """The residual streams after a sublayer [B, L, D] -> [B, L, D]."""
+  """The residual streams after a sublayer, and what else it returns.
+
+  Args:
+    sublayer: [B, L, D] to ([B, L, D], anything).
+    streams: [B, L, G, D].
+    connections: None with G = 1.
+  """
   if connections is None:
-    return streams + sublayer(streams[:, :, 0])[:, :, None]
+    update, rest = sublayer(streams[:, :, 0])
+    return streams + update[:, :, None], rest
   mixing = connections(streams)
-  update = sublayer(read(streams, mixing.pre))
-  return write(streams, update, mixing.post, mixing.residual)
+  update, rest = sublayer(read(streams, mixing.pre))
+  return write(streams, update, mixing.post, mixing.residual), rest
 
 
 def _stack(config: ModelConfig, keys: Array, *, has_experts: bool):
@@ -230,21 +233,32 @@ class Transformer(nnx.Module):
     """The head's weights, float32: the embedding's where they are tied."""
     return (self.embedding.table if self.head is None else self.head)[...]
 
-  def init_cache(self, batch: int, capacity: int) -> ModelCache:
-    """An empty cache for `batch` sequences of at most `capacity` tokens."""
+  def embed(self, token_ids: TokenIds) -> Hidden:
+    """The residual streams [B, L, G, D] before the first block."""
     config = self.config
-    memory = config.engram
-    layers = () if memory is None else memory.layers
-    blocks = self.dense_blocks or self.moe_blocks
-    one = blocks[0] if isinstance(blocks, nnx.List) else blocks
-    return ModelCache(
-      lengths=jnp.zeros(batch, jnp.int32),
-      attention=tuple(
-        one.attention.init_cache(batch, capacity, config.dtype)
-        for _ in range(config.num_layers)
-      ),
-      conv={layer: init_conv_state(memory, batch) for layer in layers},
-    )
+    embedded = self.embedding(token_ids)[:, :, None]
+    shape = (*token_ids.shape, config.streams, config.hidden_size)
+    return jnp.broadcast_to(embedded, shape)
+
+  def unembed(
+    self, streams: Hidden, *, at: Int[Array, "B"] | None = None
+  ) -> Float[Array, "B L_or_1 D"]:
+    """What the head makes logits of.
+
+    Args:
+      streams: [B, L, G, D], after the last block.
+      at: int32 [B], the one position of each sequence that is wanted; None for
+        all of them.
+    """
+    one = self.config.streams == 1
+    hidden = streams[:, :, 0] if one else jnp.sum(streams, axis=2)
+    if at is not None:
+      hidden = jnp.take_along_axis(hidden, at[:, None, None], axis=1)
+    return self.norm(hidden)
+
+  def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """float32 logits of what `unembed` returned."""
+    return logits_of(hidden, self.output_matrix())
 
   def __call__(
     self,
@@ -252,10 +266,7 @@ class Transformer(nnx.Module):
     rows: Mapping[int, Rows] | None,
     *,
     breaks: Breaks | None = None,
-    cache: ModelCache | None = None,
-    lengths: Int[Array, "B"] | None = None,
     dispatch: str | None = None,
-    logits_at: Int[Array, "B"] | None = None,
     logits: bool = True,
   ) -> ModelOutput:
     """Logits of the next token at every position.
@@ -266,143 +277,39 @@ class Transformer(nnx.Module):
         memory off: no Engram layer adds anything.
       breaks: [B, L] of `Break`, as given to the hash. A document sees nothing
         of its neighbours, in attention, memory or convolution.
-      cache: the past; these tokens are then appended to it, and `breaks` may
-        hold no document start.
-      lengths: int32 [B], at least 1: how many of the L tokens are real when a
-        cache is given and prompts are padded on the right.
       dispatch: of the experts; None for the config's.
-      logits_at: int32 [B], one position per sequence whose logits are wanted
-        (a prompt's last token): they alone are computed, [B, 1, V]. None for
-        all positions.
       logits: False for none at all: a loss in chunks makes them of `hidden`
         and `output_matrix` itself.
 
     Raises:
-      InputError: rows of other layers than the model's, lengths without a
-        cache, or a wrong shape.
+      InputError: rows of other layers than the model's, or a wrong shape.
     """
-    begun, cache = self.begin(
-      token_ids, breaks=breaks, cache=cache, dispatch=dispatch
-    )
-    return self.finish(
-      begun,
-      rows,
-      breaks=breaks,
-      cache=cache,
-      lengths=lengths,
-      dispatch=dispatch,
-      logits_at=logits_at,
-      logits=logits,
-    )
-
-  def begin(
-    self,
-    token_ids: TokenIds,
-    *,
-    breaks: Breaks | None = None,
-    cache: ModelCache | None = None,
-    dispatch: str | None = None,
-  ) -> tuple[Begun, ModelCache | None]:
-    """The part of a call that needs no rows: up to the first Engram layer.
-
-    `finish` is the rest. Whoever compiles the two apart keeps the device busy
-    while rows are fetched; a call is nothing but both. Arguments as there.
-
-    Returns:
-      What `finish` goes on from; and the cache, in which the blocks so far
-      hold these tokens, and `lengths` does not count them yet.
-    """
-    config, length = self.config, token_ids.shape[1]
-    if cache is not None:
-      positions, segments = cache.lengths[:, None] + jnp.arange(length), None
-    elif breaks is not None:
-      positions, segments = document_layout(breaks)
+    require_rows_of(self.config, rows)
+    if breaks is None:
+      counted = jnp.arange(token_ids.shape[1])
+      layout = jnp.broadcast_to(counted, token_ids.shape), None
     else:
-      positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
-      segments = None
+      layout = document_layout(breaks)
+    context = Context(*layout, dispatch)
 
-    embedded = self.embedding(token_ids)[:, :, None]
-    shape = (*token_ids.shape, config.streams, config.hidden_size)
-    begun = Begun(
-      jnp.broadcast_to(embedded, shape), positions, segments, moe=()
+    streams, moe, gates = self.embed(token_ids), [], {}
+    for group in layer_groups(self.config):
+      if group.engram is not None and rows is not None:
+        layer = self.config.engram.layers[group.engram]
+        fused = self._fuse(group.engram, streams, rows[layer], breaks)
+        streams, gates[layer] = streams + fused.update, fused.gates
+      streams, metrics = self._blocks(group, streams, context)
+      moe += metrics
+    hidden = self.unembed(streams)
+    return ModelOutput(
+      logits=self.logits(hidden) if logits else None,
+      hidden=hidden,
+      moe=jax.tree.map(lambda *x: jnp.concatenate(x), *moe) if moe else None,
+      gates=gates,
     )
-    for span in below_memory(config):
-      begun, cache = self._blocks(span, begun, cache, dispatch)
-    return begun, cache
-
-  def finish(
-    self,
-    begun: Begun,
-    rows: Mapping[int, Rows] | None,
-    *,
-    breaks: Breaks | None = None,
-    cache: ModelCache | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    dispatch: str | None = None,
-    logits_at: Int[Array, "B"] | None = None,
-    logits: bool = True,
-  ) -> ModelOutput:
-    """The part of a call from the first Engram layer on.
-
-    Args:
-      begun: from `begin`.
-      rows: as in a call, like all that follow.
-      breaks: as given to `begin`.
-      cache: that `begin` returned.
-      lengths: see the call.
-      dispatch: as given to `begin`.
-      logits_at: see the call.
-      logits: see the call.
-
-    Raises:
-      InputError: as a call.
-    """
-    config, memory = self.config, self.config.engram
-    expected = set() if memory is None or rows is None else set(memory.layers)
-    given = set(rows or ())
-    valid = f"rows of the Engram layers {sorted(expected)}, or None"
-    require(given == expected, "rows", sorted(given), valid)
-    without = lengths is not None and cache is None
-    require(not without, "lengths", "given without a cache", "None")
-
-    gates = {}
-    for span in spans(config)[len(below_memory(config)) :]:
-      if span.engram is not None and rows is not None:
-        layer = memory.layers[span.engram]
-        fused = self._fuse(
-          span.engram,
-          begun.streams,
-          rows[layer],
-          state=None if cache is None else cache.conv[layer],
-          breaks=breaks,
-          lengths=lengths,
-        )
-        begun = begun._replace(streams=begun.streams + fused.update)
-        gates[layer] = fused.gates
-        if cache is not None:
-          conv = cache.conv | {layer: fused.state}
-          cache = cache._replace(conv=conv)
-      begun, cache = self._blocks(span, begun, cache, dispatch)
-
-    streams = begun.streams
-    hidden = (
-      jnp.sum(streams, axis=2) if config.streams > 1 else streams[:, :, 0]
-    )
-    if logits_at is not None:
-      at = logits_at[:, None, None]
-      hidden = jnp.take_along_axis(hidden, at, axis=1)
-    hidden = self.norm(hidden)
-    values = logits_of(hidden, self.output_matrix()) if logits else None
-    if cache is not None:
-      added = streams.shape[1] if lengths is None else lengths
-      cache = cache._replace(lengths=cache.lengths + added)
-    moe = None
-    if begun.moe:
-      moe = jax.tree.map(lambda *x: jnp.concatenate(x), *begun.moe)
-    return ModelOutput(values, hidden, cache, moe, gates)
 
   def _fuse(
-    self, number: int, streams: Hidden, rows: Rows, **context
+    self, number: int, streams: Hidden, rows: Rows, breaks: Breaks | None
   ) -> Fusion:
     """What Engram layer `number` adds to the streams."""
     graph, weights = nnx.split(self.engrams[number])
@@ -410,61 +317,34 @@ class Transformer(nnx.Module):
 
     def fuse(weights, streams, rows):
       weights = sharding.for_compute(weights, dtype=dtype)
-      return nnx.merge(graph, weights).fuse(streams, rows, **context)
+      return nnx.merge(graph, weights).fuse(streams, rows, breaks=breaks)
 
     return self._rematerialized(fuse)(weights, streams, rows)
 
   def _blocks(
-    self,
-    span: Span,
-    begun: Begun,
-    cache: ModelCache | None,
-    dispatch: str | None,
-  ) -> tuple[Begun, ModelCache | None]:
-    """The pass, and the cache, after the blocks of a span."""
-    blocks = getattr(self, span.kind)
-    apart = isinstance(blocks, nnx.List)  # see `decoding.weights`
-    graph, stack = nnx.split(blocks[0] if apart else blocks)
-    context = dict(
-      positions=begun.positions, segments=begun.segments, dispatch=dispatch
-    )
+    self, group: LayerGroup, streams: Hidden, context: Context
+  ) -> tuple[Hidden, list[MoEMetrics]]:
+    """The streams after the blocks of a group, and its metrics, stacked."""
+    graph, stack = nnx.split(getattr(self, group.kind))
     dtype = self.config.dtype
 
-    def block(streams, weights, cache):
+    def block(streams, weights):
       weights = sharding.for_compute(weights, dtype=dtype)
-      return nnx.merge(graph, weights)(streams, cache=cache, **context)
+      streams, _, metrics = nnx.merge(graph, weights)(streams, context)
+      return streams, metrics
 
-    streams, moe = begun.streams, list(begun.moe)
-    if cache is None and self.config.scan_blocks and not apart:
+    block = self._rematerialized(block)
+    if self.config.scan_blocks:
+      weights = _at(stack, slice(group.start, group.stop))
+      streams, metrics = jax.lax.scan(block, streams, weights)
+      return streams, [] if metrics is None else [metrics]
 
-      def step(streams, weights):
-        streams, _, metrics = block(streams, weights, None)
-        return streams, metrics
-
-      weights = _at(stack, slice(span.start, span.stop))
-      step = self._rematerialized(step)
-      streams, metrics = jax.lax.scan(step, streams, weights)
+    found = []
+    for i in range(group.start, group.stop):
+      streams, metrics = block(streams, _at(stack, i))
       if metrics is not None:
-        moe.append(metrics)
-      return begun._replace(streams=streams, moe=tuple(moe)), None
-
-    if cache is None:
-      block = self._rematerialized(block)
-    caches = [] if cache is None else list(cache.attention)
-    in_moe = span.kind == "moe_blocks"
-    first = num_dense_blocks(self.config) if in_moe else 0
-    for i in range(span.start, span.stop):
-      at = first + i
-      here = None if cache is None else caches[at]
-      weights = nnx.state(blocks[i]) if apart else _at(stack, i)
-      streams, here, metrics = block(streams, weights, here)
-      if cache is not None:
-        caches[at] = here
-      if metrics is not None:
-        moe.append(_at(metrics, None))
-    if cache is not None:
-      cache = cache._replace(attention=tuple(caches))
-    return begun._replace(streams=streams, moe=tuple(moe)), cache
+        found.append(_at(metrics, None))
+    return streams, found
 
   def _rematerialized(self, function):
     """The function with the config's choice of what its gradient keeps."""
@@ -483,3 +363,14 @@ class Transformer(nnx.Module):
 def _at(tree, index):
   """Each array of the tree at `index`."""
   return jax.tree.map(lambda x: x[index], tree)
+
+
+def require_rows_of(
+  config: ModelConfig, rows: Mapping[int, Rows] | None
+) -> None:
+  """Refuses rows of other layers than the model's Engram layers."""
+  memory = config.engram
+  expected = set() if memory is None or rows is None else set(memory.layers)
+  given = set(rows or ())
+  valid = f"rows of the Engram layers {sorted(expected)}, or None"
+  require(given == expected, "rows", sorted(given), valid)

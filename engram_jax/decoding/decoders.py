@@ -1,11 +1,11 @@
-"""Decoders: the same steps on explicit states, whatever home their rows have.
+"""The decoder: the same steps on explicit states, wherever their rows live.
 
-  look_up     hash, read                              by a TableDecoder: device
-  fetch       hash, read, send                        by a StoreDecoder: host
-  begin       embedding, blocks below the first Engram layer          device
-  finish      the rest of the model, with the rows                    device
+  lower_blocks   embedding, blocks below the first Engram layer       device
+  upper_blocks   the rest of the model, with the rows                 device
 
-A `StoreDecoder` fetches while the device is at `begin`. Both kinds run the same
+The rows of a store on the device (`ProgramStore`) are hashed and read by a
+program before these two. Those of any other store are hashed and read on the
+host, and sent, while the device is at the lower blocks. All stores run the same
 two programs on the same numbers, so that they agree to the bit: one program for
 all would be rounded otherwise.
 
@@ -16,54 +16,133 @@ over: its memory is the next one's.
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from engram_jax.backbone.transformer import Transformer
+from engram_jax.decoding.forward import lower_blocks, upper_blocks
 from engram_jax.decoding.state import (
   DecodeState,
-  begin,
   check_chunk,
-  check_state,
-  finish,
+  check_history,
   init_state,
-  look_up,
+  require_memory,
 )
-from engram_jax.decoding.weights import for_decoding
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NO_TOKEN, NgramHash
+from engram_jax.decoding.weights import DecodingModel, for_decoding
+from engram_jax.errors import require
+from engram_jax.memory.hashing import NO_TOKEN
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.prefetch import (
   Prefetcher,
   read_to_device,
   require_rows,
   row_ids_on_host,
 )
-from engram_jax.memory.lookup import Tables
-from engram_jax.memory.stores import OwnBuffers, PackedRows, RowStore, unpack
+from engram_jax.memory.stores import (
+  OwnBuffers,
+  PackedRows,
+  ProgramStore,
+  RowStore,
+  unpack,
+)
+from engram_jax.types import History, Rows, TokenIds
 
 #: float32 [B, V], logits after each sequence's last token, and the state.
 Decoded = tuple[Float[Array, "B V"], DecodeState]
 
-# Static by identity (hash) and by digest (compression): a later call with the
-# same objects compiles nothing.
-_look_up = jax.jit(look_up, static_argnames=("hashing", "compression"))
+
+def lookup_chunk(
+  store: ProgramStore,
+  memory: Memory,
+  history: History,
+  token_ids: TokenIds,
+  lengths: Int[Array, "B"],
+) -> tuple[dict[int, Rows], History]:
+  """The rows of a chunk from a store on the device, and the history after.
+
+  Args:
+    store: of the memory's rows.
+    memory: static under jit.
+    history: int32 [B, N-1], the last canonical ids.
+    token_ids: int32 [B, L], padded on the right.
+    lengths: int32 [B], 1 to L.
+
+  Returns:
+    [B, L, K, d] per Engram layer, and int32 [B, N-1].
+  """
+  hashing, canonical = memory.hashing, memory.compression(token_ids)
+  row_ids = hashing.hash(canonical, history=history)
+  rows = unpack(store.read(row_ids), store.row_format)
+  return rows, hashing.next_history(canonical, history=history, lengths=lengths)
+
+
+# By the memory's value: a later call with an equal one compiles nothing.
+_lookup_chunk = jax.jit(lookup_chunk, static_argnames="memory")
 _unpack = jax.jit(unpack, static_argnames="row_format")
 # The cache is given up to its successor.
-_begin = jax.jit(begin, donate_argnames="cache")
-_finish = jax.jit(finish, donate_argnames="cache")
+_lower_blocks = jax.jit(lower_blocks, donate_argnames="cache")
+_upper_blocks = jax.jit(upper_blocks, donate_argnames="cache")
 
 
-@runtime_checkable
-class Decoder(Protocol):
-  """What `generate` asks of one."""
+class Decoder:
+  """A model, its memory, and the store of its rows.
+
+  Use it as a context, or `close` it: what reads ahead of the model ends then.
+
+  Args:
+    model: the transformer, or what `for_decoding` made of it.
+    memory: the model's; None without one, or to turn it off.
+    store: where the rows live; None with `memory` None.
+    prefetch: hash and read on a thread while the device is at the lower blocks;
+      otherwise before that, one after the other: the same rows. Of no use to a
+      store on the device.
+
+  Raises:
+    InputError: a memory without a store or a store without a memory, either of
+      another model, or a store of other rows than the memory's.
+  """
+
+  def __init__(
+    self,
+    model: Transformer | DecodingModel,
+    memory: Memory | None,
+    store: RowStore | None,
+    *,
+    prefetch: bool = True,
+  ):
+    found = "None" if store is None else type(store).__name__
+    valid = "a store with a memory, and None without one"
+    require((store is None) == (memory is None), "store", found, valid)
+    self.model, self.memory, self.store = for_decoding(model), memory, store
+    self._own, self._prefetcher = OwnBuffers(), None
+    if memory is None:
+      return
+    require_memory(self.model, memory)
+    require_rows(store, memory.hashing)
+    if prefetch and not isinstance(store, ProgramStore):
+      self._prefetcher = Prefetcher(store)
+
+  def close(self) -> None:
+    """Ends the threads; see `Prefetcher.close`."""
+    if self._prefetcher is not None:
+      self._prefetcher.close()
+
+  def __enter__(self) -> "Decoder":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
 
   def init_state(self, batch: int, capacity: int) -> DecodeState:
     """The state before the first token; see `state.init_state`."""
-    ...
+    state = init_state(self.model, self.memory, batch=batch, capacity=capacity)
+    if self.memory is None or isinstance(self.store, ProgramStore):
+      return state
+    return state._replace(history=np.asarray(state.history))
 
   def start(
     self, state: DecodeState, token_ids: Any, lengths: Any = None
@@ -72,131 +151,73 @@ class Decoder(Protocol):
 
     Args:
       state: given up, also if the step fails.
-      token_ids: int32 [B, L], padded on the right; or [B], one token each.
+      token_ids: int32 [B, L], padded on the right with any ids; or [B], one
+        token each.
       lengths: int32 [B], how many of L are real; None with [B].
 
     Returns:
-      A function that ends the step; to be called once.
+      A function that ends the step; to be called once. What the store raises
+      comes then.
 
     Raises:
-      InputError: as `state.prefill`.
+      InputError: another batch than the state's, a state of another use of the
+        memory, a length outside 1..L, or more tokens than the capacity.
     """
-    ...
-
-
-class TableDecoder:
-  """Reads its rows from tables on the device.
-
-  Args:
-    model: the transformer.
-    tables: [R, d] per Engram layer; None with `hashing` None.
-    hashing: None without a memory, or to turn it off.
-    compression: None with `hashing` None.
-  """
-
-  def __init__(
-    self,
-    model: Transformer,
-    tables: Tables | None,
-    hashing: NgramHash | None,
-    compression: TokenCompression | None,
-  ):
-    self._model, self._hashing = for_decoding(model), hashing
-    self._memory = (tables, hashing, compression)
-
-  def init_state(self, batch: int, capacity: int) -> DecodeState:
-    """See `Decoder`."""
-    return init_state(
-      self._model, self._hashing, batch=batch, capacity=capacity
+    token_ids, lengths = _as_chunk(state, token_ids, lengths)
+    check_history(self.memory, state)
+    lookup = self._start_lookup(state.history, token_ids, lengths)
+    streams, cache = _lower_blocks(
+      self.model, state.cache, jnp.asarray(token_ids)
     )
 
-  def start(
-    self, state: DecodeState, token_ids: Any, lengths: Any = None
-  ) -> Callable[[], Decoded]:
-    """See `Decoder`."""
-    token_ids, lengths = _as_chunk(state, token_ids, lengths)
-    check_state(self._hashing, self._memory[2], state)
-    token_ids, lengths = jnp.asarray(token_ids), jnp.asarray(lengths)
-    rows, history = _look_up(*self._memory, state.history, token_ids, lengths)
-    begun, cache = _begin(self._model, state.cache, token_ids)
-    logits, cache = _finish(self._model, begun, cache, rows, lengths)
-    return lambda: (logits, DecodeState(cache, history))
+    def end() -> Decoded:
+      rows, history = lookup()
+      logits, new_cache = _upper_blocks(
+        self.model, streams, cache, rows, jnp.asarray(lengths)
+      )
+      return logits, DecodeState(new_cache, history)
 
+    return end
 
-class StoreDecoder:
-  """Reads its rows from a store, between the two programs of a step.
-
-  Args:
-    model: the transformer, with a memory.
-    rows: a `Prefetcher`, whose thread hashes and reads while the device is at
-      the first program; or a store, which is read before that: the same rows,
-      one after the other.
-    hashing: the model's.
-    compression: raw to canonical ids.
-
-  Raises:
-    InputError: a store of other rows than the hash's.
-  """
-
-  def __init__(
-    self,
-    model: Transformer,
-    rows: Prefetcher | RowStore,
-    hashing: NgramHash,
-    compression: TokenCompression,
-  ):
-    self._model, self._rows = for_decoding(model), rows
-    self._hashing, self._compression = hashing, compression
-    self._own = OwnBuffers()
-    store = rows.store if isinstance(rows, Prefetcher) else rows
-    require_rows(store, hashing)
-    self._row_format = store.row_format
-
-  def init_state(self, batch: int, capacity: int) -> DecodeState:
-    """See `Decoder`; the history is NumPy's."""
-    state = init_state(
-      self._model, self._hashing, batch=batch, capacity=capacity
-    )
-    return state._replace(history=np.asarray(state.history))
-
-  def start(
-    self, state: DecodeState, token_ids: Any, lengths: Any = None
-  ) -> Callable[[], Decoded]:
-    """See `Decoder`. What the store raises comes when the step is ended."""
-    token_ids, lengths = _as_chunk(state, token_ids, lengths)
-    check_state(self._hashing, self._compression, state)
-    history = np.asarray(state.history)
-    tokens = np.asarray(token_ids)
+  def _start_lookup(
+    self, history: Any, token_ids: Any, lengths: np.ndarray
+  ) -> Callable[[], tuple[dict[int, Rows] | None, Any]]:
+    """What gives the rows of the chunk, and the history after it."""
+    if self.memory is None:
+      return lambda: (None, None)
+    if isinstance(self.store, ProgramStore):
+      found = _lookup_chunk(
+        self.store,
+        self.memory,
+        jnp.asarray(history),
+        jnp.asarray(token_ids),
+        jnp.asarray(lengths),
+      )
+      return lambda: found
+    history, tokens = np.asarray(history), np.asarray(token_ids)
     is_real = np.arange(tokens.shape[1]) < lengths[:, None]
     # Padding is no text, and any id: its rows, which nobody uses, are always
     # the same.
-    canonical = self._compression(np.where(is_real, tokens, 0))
+    canonical = self.memory.compression(np.where(is_real, tokens, 0))
     canonical = np.where(is_real, canonical, NO_TOKEN)
-    rows_of = self._start_reading(canonical, history)
-    begun, cache = _begin(self._model, state.cache, jnp.asarray(token_ids))
+    packed = self._start_reading(canonical, history)
     after = last_ids(canonical, history, lengths)
-
-    def end() -> Decoded:
-      rows = _unpack(rows_of(), row_format=self._row_format)
-      logits, new_cache = _finish(
-        self._model, begun, cache, rows, jnp.asarray(lengths)
-      )
-      return logits, DecodeState(new_cache, after)
-
-    return end
+    row_format = self.store.row_format
+    return lambda: (_unpack(packed(), row_format=row_format), after)
 
   def _start_reading(
     self, canonical: np.ndarray, history: np.ndarray
   ) -> Callable[[], PackedRows]:
     def row_ids():
-      return row_ids_on_host(self._hashing, canonical, history=history)
+      hashing = self.memory.hashing
+      return row_ids_on_host(hashing, canonical, history=history)
 
-    if isinstance(self._rows, Prefetcher):
-      return self._rows.fetch(row_ids).result
+    if self._prefetcher is not None:
+      return self._prefetcher.fetch(row_ids).result
     rows = concurrent.futures.Future()
     try:
       buffers = self._own.buffers
-      found = read_to_device(self._rows, row_ids(), buffers=buffers)
+      found = read_to_device(self.store, row_ids(), buffers=buffers)
       rows.set_result(found)
     except Exception as error:  # raised where a thread's would be
       rows.set_exception(error)

@@ -7,7 +7,6 @@ fewer slots than prompts, who has finished makes room for the next.
 """
 
 import collections
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,12 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.decoding.decoders import (
-  Decoded,
-  Decoder,
-  StoreDecoder,
-  TableDecoder,
-)
+from engram_jax.decoding.decoders import Decoded, Decoder
 from engram_jax.decoding.room import require_room
 from engram_jax.decoding.sampling import (
   allowed_tokens,
@@ -33,17 +27,15 @@ from engram_jax.decoding.sampling import (
   sample_each,
 )
 from engram_jax.decoding.slots import insert, rewind
+from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import (
   NonFiniteError,
   first_nonfinite,
   require,
   require_integer,
 )
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.prefetch import Prefetcher, require_rows
-from engram_jax.memory.lookup import Tables
-from engram_jax.memory.stores import RowStore
+from engram_jax.memory.memory import Memory
+from engram_jax.memory.stores import RowStore, TableStore
 
 #: Stands where a sequence had ended before, or has not begun.
 NO_TOKEN = -1
@@ -81,10 +73,9 @@ class Step(NamedTuple):
 
 
 def generate(
-  model: Transformer,
-  tables: Tables | None,
-  hashing: NgramHash | None,
-  compression: TokenCompression | None,
+  model: Transformer | DecodingModel,
+  memory: Memory | None,
+  store: RowStore | None,
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
@@ -95,8 +86,6 @@ def generate(
   end_id: int | None = None,
   vocab_size: int | None = None,
   pad_id: int | None = None,
-  memory: str = "on",
-  store: RowStore | None = None,
   prefetch: bool = True,
   slots: int | None = None,
 ) -> Iterator[Step]:
@@ -106,11 +95,11 @@ def generate(
   not depend on its neighbours.
 
   Args:
-    model: the transformer.
-    tables: [R, d] per Engram layer; None for a model without memory, or with
-      a `store`.
-    hashing: its hash; None for a model without memory.
-    compression: raw to canonical ids; None for a model without memory.
+    model: the transformer, or what `for_decoding` made of it.
+    memory: the model's; None for a model without one, or to turn it off: the
+      same model, and no Engram layer adds anything.
+    store: where the memory's rows live, e.g. `TableStore(tables)`; None with
+      `memory` None.
     prompts: token ids of each sequence, at least one.
     max_new_tokens: of each sequence; fewer when it ends.
     key: a JAX random key; unused at temperature 0.
@@ -119,13 +108,10 @@ def generate(
     top_p: see `sample`.
     end_id: token that ends a sequence; None for none.
     vocab_size: the tokenizer's; larger ids of the model are never drawn. None
-      for the compression's, without one for the model's.
+      for the memory's, without one for the model's.
     pad_id: token that is never drawn; None for the memory's pad id, without a
       memory for none.
-    memory: `on`, or `off`: the same model, and no Engram layer adds anything.
-    store: where the rows live, instead of in `tables`.
-    prefetch: read a store on a thread, while the device is at the blocks
-      before the first Engram layer; otherwise one after the other.
+    prefetch: see `Decoder`.
     slots: sequences that are decoded at once; None for all. The others wait:
       which tokens come does not depend on it.
 
@@ -134,23 +120,14 @@ def generate(
     first step; what a store raises is raised at the step that needs it.
 
   Raises:
-    InputError: no or an empty prompt, an id outside the vocabulary, a hash
-      missing or of another model, a bad option, or caches that do not fit into
-      memory.
+    InputError: no or an empty prompt, an id outside the vocabulary, a memory
+      or a store of another model or one without the other, a bad option, or
+      caches that do not fit into memory.
     NonFiniteError: at the step whose logits are not finite.
   """
   config = model.config
-  require(memory in ("on", "off"), "memory", memory, "on or off")
-  if memory == "on" and config.engram is not None:
-    for name, value in (
-      ("tables", store or tables),
-      ("hashing", hashing),
-      ("compression", compression),
-    ):
-      require(value is not None, name, None, "the model's, or memory='off'")
   if vocab_size is None:
-    has_map = compression is not None
-    vocab_size = compression.vocab_size if has_map else config.vocab_size
+    vocab_size = (config if memory is None else memory).vocab_size
   if pad_id is None and config.engram is not None:
     pad_id = config.engram.pad_id
   allowed = allowed_tokens(
@@ -168,11 +145,6 @@ def generate(
     require_integer("slots", slots, low=1)
   slots = min(slots or len(prompts), len(prompts))
 
-  if memory == "off":
-    tables = hashing = compression = store = None
-  if store is not None:
-    require(hashing is not None, "hashing", None, "the model's, with a store")
-    require_rows(store, hashing)
   capacity = _rounded(int(lengths.max()) + max_new_tokens)
   require_room(
     model,
@@ -190,15 +162,10 @@ def generate(
     allowed=allowed,
   )
 
+  decoder = Decoder(model, memory, store, prefetch=prefetch)
+
   def steps() -> Iterator[Step]:
-    with contextlib.ExitStack() as threads:
-      if store is None:
-        decoder = TableDecoder(model, tables, hashing, compression)
-      else:
-        rows = store
-        if prefetch:
-          rows = threads.enter_context(Prefetcher(store))
-        decoder = StoreDecoder(model, rows, hashing, compression)
+    with decoder:
       yield from _steps(
         decoder,
         prompts,
@@ -208,19 +175,22 @@ def generate(
         capacity=capacity,
         max_new_tokens=max_new_tokens,
         end_id=end_id,
-        blame=functools.partial(_blame, model, None if store else tables),
+        blame=functools.partial(_blame, model, store),
       )
 
   return steps()
 
 
-def _blame(model: Transformer, tables: Tables | None) -> str:
+def _blame(model: Transformer | DecodingModel, store: RowStore | None) -> str:
   """Which of the numbers behind logits that are not finite is not, either."""
-  for name, tree in (("tables", tables), ("model", nnx.state(model))):
+  tables = store.tables if isinstance(store, TableStore) else None
+  weights = nnx.state(model) if isinstance(model, Transformer) else model
+  for name, tree in (("tables", tables), ("model", weights)):
     path = first_nonfinite(tree)
     if path is not None:
       return f"{name}{path} holds numbers that are not finite"
-  rows = "a row of the store is not finite, or " if tables is None else ""
+  unseen = store is not None and tables is None
+  rows = "a row of the store is not finite, or " if unseen else ""
   return f"{rows}the model's own numbers, which are finite, grow beyond bounds"
 
 

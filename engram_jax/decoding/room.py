@@ -6,11 +6,13 @@ from typing import Any
 import jax
 
 from engram_jax.backbone.transformer import Transformer
+from engram_jax.decoding.forward import init_cache
+from engram_jax.decoding.weights import DecodingModel, for_decoding
 from engram_jax.errors import require
 
 
 def require_room(
-  model: Transformer,
+  model: Transformer | DecodingModel,
   *,
   slots: int,
   prompt: int,
@@ -43,7 +45,7 @@ def require_room(
 
 
 def decoding_bytes(
-  model: Transformer, *, slots: int, prompt: int, capacity: int
+  model: Transformer | DecodingModel, *, slots: int, prompt: int, capacity: int
 ) -> int:
   """Bytes that `generate` takes at least, besides the model: nothing is made.
 
@@ -57,7 +59,9 @@ def decoding_bytes(
     The caches, and the float32 scores of the prompts' attention to them in one
     layer, where they are not made in blocks.
   """
-  caches = jax.eval_shape(lambda: model.init_cache(slots, capacity))
+  caches = jax.eval_shape(
+    lambda model: init_cache(for_decoding(model), slots, capacity), model
+  )
   total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
   attention = model.config.attention
   if not 0 < attention.block_size < prompt:

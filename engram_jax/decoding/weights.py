@@ -5,16 +5,38 @@ decoding reads all of them for a few tokens, so that to slice or to cast them
 would take longer than what they are read for. Both are done once, here.
 """
 
+import dataclasses
 import operator
 
 import jax
 from flax import nnx
 
-from engram_jax.backbone.transformer import Transformer
+from engram_jax.backbone.transformer import Block, Transformer
+from engram_jax.config import ModelConfig
 from engram_jax.parameters import map_parameters
 
+STACKS = ("dense_blocks", "moe_blocks")
 
-def for_decoding(model: Transformer) -> Transformer:
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodingModel:
+  """A transformer with arrays of its own for decoding; a pytree.
+
+  Attributes:
+    outer: the model without its blocks: embedding, Engram layers, head.
+    blocks: the blocks, from bottom to top.
+  """
+
+  outer: Transformer
+  blocks: tuple[Block, ...]
+
+  @property
+  def config(self) -> ModelConfig:
+    return self.outer.config
+
+
+def for_decoding(model: Transformer | DecodingModel) -> DecodingModel:
   """The same model with arrays of its own for decoding.
 
   Whoever is short of memory gives the result to `generate` or a decoder and
@@ -25,21 +47,21 @@ def for_decoding(model: Transformer) -> Transformer:
       result is it.
 
   Returns:
-    A model with as many `Block`s as it has blocks in place of each stack, and
-    with the parameters that are used in the compute dtype cast to it.
+    As many `Block`s as the model has in place of each stack; parameters that
+    are used in the compute dtype are cast to it.
   """
-  kinds = ("dense_blocks", "moe_blocks")
-  stacks = {kind: getattr(model, kind) for kind in kinds}
-  stacks = {kind: x for kind, x in stacks.items() if x is not None}
-  if any(isinstance(x, nnx.List) for x in stacks.values()):
+  if isinstance(model, DecodingModel):
     return model
   graph, weights = nnx.split(model)
-  found = nnx.merge(graph, _cast(weights, dtype=model.config.dtype))
-  for kind in stacks:
-    graph, stack = nnx.split(getattr(found, kind))
-    apart = [nnx.merge(graph, weights) for weights in _apart(stack)]
-    setattr(found, kind, nnx.List(apart))
-  return found
+  outer = nnx.merge(graph, _cast(weights, dtype=model.config.dtype))
+  blocks = []
+  for kind in STACKS:
+    stack = getattr(outer, kind)
+    if stack is not None:
+      graph, stacked = nnx.split(stack)
+      blocks += [nnx.merge(graph, weights) for weights in _apart(stacked)]
+      setattr(outer, kind, None)
+  return DecodingModel(outer, tuple(blocks))
 
 
 @jax.jit(static_argnames="dtype")

@@ -35,6 +35,7 @@ from engram_jax.memory.stores import (
   ReadStatistics,
   RowIdsByLayer,
   RowStore,
+  TableStore,
   require_layers,
   require_rows_of,
   to_device,
@@ -243,12 +244,15 @@ class CachedStore:
     device: see `to_device`.
 
   Raises:
-    InputError: a capacity of less than one row in each layer.
+    InputError: a capacity of less than one row in each layer, or tables on the
+      device, which need no cache there.
   """
 
   def __init__(
     self, store: RowStore, *, capacity_bytes: int, device: Any = None
   ):
+    found, valid = type(store).__name__, "a store of packed rows"
+    require(not isinstance(store, TableStore), "store", found, valid)
     size = store.row_format.bytes_per_row
     least = size * len(store.num_rows)
     slots = capacity_bytes // least

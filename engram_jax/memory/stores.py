@@ -1,6 +1,7 @@
 """Row stores: where packed rows live, behind one way of reading them.
 
                  home                     reads by
+  TableStore     the device's memory      a gather in the program
   DeviceStore    the device's memory      a gather in the program
   PinnedStore    pinned host memory       a gather on the host, in the program
   HostStore      host memory (NumPy)      distinct ids, one copy each
@@ -9,6 +10,7 @@
 A read takes the row ids of *all* layers, known from the tokens alone, and
 returns packed bytes: these travel to the device, where `unpack` makes numbers
 of them. The rows are those of `table.lookup`, bit for bit, at equal dtype.
+`TableStore` has numbers to begin with: tables as they were trained.
 
 N-grams are Zipfian, so a batch asks for many rows twice or more. On the host
 they are made distinct by sorting, and come as `packed[inverse]`. The number of
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from engram_jax.errors import (
   InputError,
@@ -51,11 +53,12 @@ class PackedRows(NamedTuple):
 
   Attributes:
     packed: uint8 [P, n], distinct rows by ascending id, then zeros; or, where
-      `inverse` is None, [..., n], a row for each id.
+      `inverse` is None, [..., n], a row for each id. Of a `TableStore`, numbers
+      [..., d].
     inverse: int32 [...], which of them each id names.
   """
 
-  packed: dict[int, UInt8[Array | np.ndarray, "..."]]
+  packed: dict[int, Shaped[Array | np.ndarray, "..."]]
   inverse: dict[int, Int[Array | np.ndarray, "..."] | None]
 
 
@@ -148,7 +151,10 @@ def unpack(
     packed, inverse = jnp.asarray(packed), rows.inverse[layer]
     if inverse is not None:
       packed = packed.at[inverse].get(mode="promise_in_bounds")
-    found[layer] = unpack_rows(packed, row_format, dtype)
+    if packed.dtype == jnp.uint8:
+      found[layer] = unpack_rows(packed, row_format, dtype)
+    else:  # numbers, of a `TableStore`
+      found[layer] = packed.astype(dtype)
   return found
 
 
@@ -209,17 +215,45 @@ class _Counting:
       self._statistics = ReadStatistics(*sums)
 
 
-class _ProgramStore(_Counting):
-  """Packed tables that a compiled program reads, a row for each id."""
+class ProgramStore(_Counting):
+  """Tables that a compiled program reads, a row for each id.
+
+  A pytree of its tables: a jitted function takes it as an argument.
+
+  Args:
+    tables: per layer, where they are to stay.
+    row_format: of the rows.
+  """
 
   def __init__(self, tables: Mapping[int, Array], row_format: RowFormat):
-    _require_tables(tables, row_format)
     for layer, table in tables.items():
       # Programs have 32-bit ids.
       valid = "less than 2**31; HostStore and FileStore take more"
       require(len(table) < 2**31, f"rows of layer {layer}", len(table), valid)
     super().__init__(row_format, {i: len(x) for i, x in tables.items()})
     self.tables = dict(tables)
+
+  def __init_subclass__(cls, **options: Any):
+    super().__init_subclass__(**options)
+    jax.tree_util.register_pytree_node(
+      cls,
+      lambda store: ((store.tables,), (store.row_format, store.layers)),
+      cls._with_tables,
+    )
+
+  @classmethod
+  def _with_tables(cls, about: Any, children: Any) -> "ProgramStore":
+    # Leaves may be anything: nothing is checked, and nothing is moved.
+    store, (row_format, layers) = cls.__new__(cls), about
+    (store.tables,) = children
+    shapes = {i: getattr(store.tables[i], "shape", (0,)) for i in layers}
+    num_rows = {i: shape[0] for i, shape in shapes.items()}
+    _Counting.__init__(store, row_format, num_rows)
+    return store
+
+  def gather(self, table: Array, ids: Array) -> Array:
+    """Rows of a table, one for each id in bounds."""
+    return lookup(table, ids)
 
   def read(
     self, row_ids: RowIdsByLayer, *, buffers: Buffers | None = None
@@ -231,7 +265,7 @@ class _ProgramStore(_Counting):
       name, rows = f"row_ids[{layer}]", self.num_rows[layer]
       require_in_range(name, ids, low=0, high=rows)
     packed = {
-      layer: self._gather(self.tables[layer], jnp.asarray(ids))
+      layer: self.gather(self.tables[layer], jnp.asarray(ids))
       for layer, ids in row_ids.items()
     }
     if not any(isinstance(x, jax.core.Tracer) for x in packed.values()):
@@ -240,7 +274,31 @@ class _ProgramStore(_Counting):
     return PackedRows(packed, dict.fromkeys(packed))
 
 
-class DeviceStore(_ProgramStore):
+class TableStore(ProgramStore):
+  """Tables of numbers in the device's memory, as they are trained.
+
+  Args:
+    tables: [R, d] per layer, float32 or bfloat16; not copied. Under a mesh
+      they are spread over its devices.
+
+  Raises:
+    InputError: none, or tables of several dtypes or widths.
+  """
+
+  def __init__(self, tables: Mapping[int, Array]):
+    require(len(tables) >= 1, "tables", "none", "one or more layers")
+    first = next(iter(tables.values()))
+    valid = "float32 or bfloat16, and one width, in all layers"
+    for layer, table in tables.items():
+      ok = str(table.dtype) in ("float32", "bfloat16") and table.ndim == 2
+      ok = ok and table.shape[1] == first.shape[1]
+      ok = ok and table.dtype == first.dtype
+      found = f"{table.dtype}{list(table.shape)}"
+      require(ok, f"tables[{layer}]", found, valid)
+    super().__init__(tables, RowFormat(str(first.dtype), first.shape[1]))
+
+
+class DeviceStore(ProgramStore):
   """Packed tables in the device's memory.
 
   Args:
@@ -249,13 +307,11 @@ class DeviceStore(_ProgramStore):
   """
 
   def __init__(self, tables: PackedTables, row_format: RowFormat):
+    _require_tables(tables, row_format)
     super().__init__(jax.device_put(dict(tables)), row_format)
 
-  def _gather(self, table: Array, ids: Array) -> Array:
-    return lookup(table, ids)
 
-
-class PinnedStore(_ProgramStore):
+class PinnedStore(ProgramStore):
   """Packed tables in pinned host memory, gathered there by the program.
 
   Whether a platform compiles this is for it to say: CPU does, and TPU
@@ -278,6 +334,7 @@ class PinnedStore(_ProgramStore):
     *,
     device: jax.Device | None = None,
   ):
+    _require_tables(tables, row_format)
     device = device or jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     valid = "a device with pinned_host memory; HostStore needs none"
@@ -287,7 +344,7 @@ class PinnedStore(_ProgramStore):
     super().__init__(moved, row_format)
     try:
       first = next(iter(moved.values()))
-      jax.block_until_ready(self._gather(first, jnp.zeros(1, jnp.int32)))
+      jax.block_until_ready(self.gather(first, jnp.zeros(1, jnp.int32)))
     except Exception as error:  # whatever its compiler says
       valid = (
         "one that gathers on its host; HostStore needs none "
@@ -295,7 +352,8 @@ class PinnedStore(_ProgramStore):
       )
       raise InputError("device", device, valid) from error
 
-  def _gather(self, table: Array, ids: Array) -> Array:
+  def gather(self, table: Array, ids: Array) -> Array:
+    """See `ProgramStore`; on the host."""
     return gather_on_host(table, ids)
 
 

@@ -6,6 +6,7 @@ That a step equals the whole sequence is tested in `tests/decoding`.
 import dataclasses
 import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.backbone.spans import Span, below_memory, spans
-from engram_jax.backbone.transformer import Transformer, document_layout
+from engram_jax.backbone.layer_groups import (
+  LayerGroup,
+  layer_groups,
+  num_lower_blocks,
+)
+from engram_jax.backbone.transformer import (
+  Context,
+  Transformer,
+  document_layout,
+)
 from engram_jax.config import (
   AttentionConfig,
   EngramConfig,
@@ -106,7 +115,6 @@ def output(tables):
 def test_shapes_and_dtypes(output):
   assert output.logits.shape == (BATCH, LENGTH, VOCAB)
   assert output.logits.dtype == jnp.float32
-  assert output.cache is None
   assert set(output.gates) == {0, 2}
   for gates in output.gates.values():
     # The axis of the residual streams is there even for one.
@@ -187,46 +195,42 @@ DEEP = dataclasses.replace(
 )
 
 
-def test_spans_are_what_lies_between_engram_layers():
-  assert spans(DEEP) == [
-    Span("dense_blocks", 0, 1, None),
-    Span("moe_blocks", 0, 1, None),
-    Span("moe_blocks", 1, 3, 0),
-    Span("moe_blocks", 3, 4, 1),
+def test_layer_groups_are_what_lies_between_engram_layers():
+  assert layer_groups(DEEP) == [
+    LayerGroup("dense_blocks", 0, 1, None),
+    LayerGroup("moe_blocks", 0, 1, None),
+    LayerGroup("moe_blocks", 1, 3, 0),
+    LayerGroup("moe_blocks", 3, 4, 1),
   ]
   first = dataclasses.replace(DEEP.engram, layers=(1, 0))
-  assert spans(dataclasses.replace(DEEP, engram=first)) == [
-    Span("dense_blocks", 0, 1, 1),
-    Span("moe_blocks", 0, 4, 0),
+  assert layer_groups(dataclasses.replace(DEEP, engram=first)) == [
+    LayerGroup("dense_blocks", 0, 1, 1),
+    LayerGroup("moe_blocks", 0, 4, 0),
   ]
   plain = dataclasses.replace(DEEP, engram=None, moe=None)
-  assert spans(plain) == [Span("dense_blocks", 0, 5, None)]
+  assert layer_groups(plain) == [LayerGroup("dense_blocks", 0, 5, None)]
+  assert [num_lower_blocks(c) for c in (DEEP, CONFIG, plain)] == [2, 0, 5]
 
 
-def test_a_call_in_two_programs_is_a_call():
-  model, ids = make(DEEP), tokens()
-  assert [len(below_memory(c)) for c in (DEEP, CONFIG)] == [2, 0]
-  shape = (BATCH, LENGTH, 4, 4)
-  rows = {i: jax.random.normal(jax.random.key(i), shape) for i in (2, 4)}
-  breaks = jnp.zeros((BATCH, LENGTH), jnp.int8).at[0, 4].set(1)
-  whole = forward(model, ids, rows, breaks)
-
-  @jax.jit
-  def begin(model):
-    return model.begin(ids, breaks=breaks, dispatch="dropless")[0]
+def test_a_pass_is_its_public_parts():
+  """Whoever writes a loop of their own takes the blocks one by one."""
+  config = dataclasses.replace(DEEP, engram=None, moe=None)
+  model, ids = make(config), tokens()
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
 
   @jax.jit
-  def finish(model, begun, rows):
-    return model.finish(begun, rows, breaks=breaks, dispatch="dropless")
+  def by_hand(model):
+    streams = model.embed(ids)
+    assert streams.shape == (BATCH, LENGTH, 2, WIDTH)
+    graph, stack = nnx.split(model.dense_blocks)
+    for i in range(config.num_layers):
+      block = nnx.merge(graph, jax.tree.map(operator.itemgetter(i), stack))
+      streams, cache, moe = block(streams, Context(positions))
+      assert cache is None and moe is None
+    return model.logits(model.unembed(streams))
 
-  begun = begin(model)
-  assert len(begun.moe) == 1
-  found = finish(model, begun, rows)
-  assert jax.tree.structure(found) == jax.tree.structure(whole)
-  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole)):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-  with pytest.raises(InputError, match=r"rows: \[2\]; valid: .*\[2, 4\]"):
-    model.finish(begun, {2: rows[2]}, breaks=breaks)
+  expected = forward(model, ids, None).logits
+  np.testing.assert_allclose(by_hand(model), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -384,9 +388,6 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters(tables, output):
   error = jnp.abs(found.logits - output.logits)
   # One of 256 steps per factor of two, and a few of them add up.
   assert 0 < jnp.median(error) < 0.05 * jnp.std(output.logits)
-  cache = jax.eval_shape(lambda model: model.init_cache(2, 8), model)
-  assert cache.attention[0].latent.dtype == jnp.bfloat16
-  assert cache.conv[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,6 +3,7 @@
 Nothing of engram_jax is imported at the top: see `tests/conftest.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -23,31 +24,40 @@ class Tiny:
 
   model: Any
   tables: Any
-  hashing: Any
-  compression: Any
+  memory: Any
+
+  @property
+  def hashing(self):
+    return self.memory.hashing
+
+  @property
+  def compression(self):
+    return self.memory.compression
+
+  @property
+  def store(self):
+    """The tables as a store."""
+    from engram_jax.memory.stores import TableStore
+
+    return self.tables and TableStore(self.tables)
 
   @property
   def parts(self):
     """The arguments that most functions begin with."""
-    return self.model, self.tables, self.hashing, self.compression
+    return self.model, self.memory, self.store
 
   def logits(self, token_ids, *, memory=True):
     """The full forward pass [B, L, V], no cache, experts without drops."""
-    hashing, compression = self.hashing, self.compression
-    if not memory:
-      hashing = compression = None
-    return np.asarray(
-      _forward(self.model, self.tables, hashing, compression, token_ids)
-    )
+    memory = self.memory if memory else None
+    return np.asarray(_forward(self.model, self.tables, memory, token_ids))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _forward(model, tables, hashing, compression, token_ids):
-  from engram_jax.memory.retrieval import retrieve
-
+@functools.partial(jax.jit, static_argnums=2)
+def _forward(model, tables, memory, token_ids):
   rows = None
-  if hashing is not None:
-    rows = retrieve(tables, hashing, compression(token_ids)).rows
+  if memory is not None:
+    row_ids = memory.hashing.hash(memory.compression(token_ids))
+    rows = {i: tables[i][ids] for i, ids in row_ids.items()}
   return model(token_ids, rows, dispatch="dropless").logits
 
 
@@ -61,10 +71,11 @@ def make_tiny(kind):
   from engram_jax.backbone.transformer import Transformer
   from engram_jax.memory.compression import TokenCompression
   from engram_jax.memory.hashing import NgramHash
+  from engram_jax.memory.memory import Memory
 
-  width, memory, hashing, compression, tables = 32, None, None, None, None
+  width, engram, memory, tables = 32, None, None, None
   if kind != "plain":
-    memory = configs.EngramConfig(
+    engram = configs.EngramConfig(
       hidden_size=width,
       layers=(1, 2) if kind == "wide" else (0, 2),
       rows_per_head=(60, 70),
@@ -79,14 +90,15 @@ def make_tiny(kind):
     compression = TokenCompression.from_canonical_ids(np.arange(VOCAB) // 2)
     hashing = NgramHash.create(
       vocab_size=compression.size,
-      rows_per_head=memory.rows_per_head,
-      heads=memory.heads,
-      layers=memory.layers,
+      rows_per_head=engram.rows_per_head,
+      heads=engram.heads,
+      layers=engram.layers,
       pad_id=int(compression.canonical_ids[PAD]),
     )
+    memory = Memory(engram, compression, hashing)
     rng = np.random.default_rng(1)
     tables = {
-      layer: jnp.asarray(rng.normal(size=(rows, memory.head_dim)), jnp.float32)
+      layer: jnp.asarray(rng.normal(size=(rows, engram.head_dim)), jnp.float32)
       for layer, rows in hashing.num_rows.items()
     }
   config = configs.ModelConfig(
@@ -101,7 +113,7 @@ def make_tiny(kind):
     moe=configs.MoEConfig(
       num_experts=4, top_k=2, expert_size=8, num_shared=1, capacity_factor=0.5
     ),
-    engram=memory,
+    engram=engram,
   )
 
   # Filled by NumPy: to compile the drawing of each array takes longer than all
@@ -117,7 +129,25 @@ def make_tiny(kind):
     shapes,
   )
   model = nnx.merge(graph, params)
-  return Tiny(model, tables, hashing, compression)
+  return Tiny(model, tables, memory)
+
+
+@pytest.fixture
+def compiled(caplog):
+  """A context that counts how often a function is compiled in it, by name."""
+
+  @contextlib.contextmanager
+  def listen():
+    caplog.clear()
+    with jax.log_compiles():
+      yield count
+
+  def count(*names):
+    lines = (record.getMessage() for record in caplog.records)
+    lines = [line for line in lines if line.startswith("Compiling ")]
+    return sum(any(name in line for name in names) for line in lines)
+
+  return listen
 
 
 @pytest.fixture(scope="session", params=["conv", "bare", "plain"])

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.decoding import decoders
-from engram_jax.decoding import generate as generation
 from engram_jax.decoding.generate import (
   NO_TOKEN,
   generate,
@@ -49,7 +47,9 @@ def test_greedy_is_the_argmax_of_the_full_forward(tiny, greedy):
 
 def test_memory_off_and_a_model_without_memory(tiny, tiny_plain, greedy):
   options = {"max_new_tokens": STEPS, "key": KEY}
-  off = generate_all(*tiny.parts, PROMPTS, memory="off", **options)
+  off = generate_all(
+    tiny.model, None, None, PROMPTS, vocab_size=24, pad_id=0, **options
+  )
   assert off == recomputed(tiny, PROMPTS, memory=False) != greedy
   plain = generate_all(
     *tiny_plain.parts, PROMPTS, vocab_size=24, pad_id=0, **options
@@ -123,13 +123,15 @@ def test_the_end_token_ends_its_sequence(tiny, greedy):
   assert len(list(alone)) == len(expected[0])
 
 
-def test_prompts_of_other_lengths_compile_nothing(tiny, greedy):
-  programs = (decoders._look_up, decoders._begin, decoders._finish)
-  programs += (generation._draw,)
-  sizes = [program._cache_size() for program in programs]
+def test_prompts_of_other_lengths_compile_nothing(tiny, greedy, compiled):
   other = [[2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-  generate_all(*tiny.parts, other, max_new_tokens=5, key=KEY)
-  assert [program._cache_size() for program in programs] == sizes
+  programs = ("lookup_chunk", "lower_blocks", "upper_blocks", "_draw")
+  with compiled() as count:
+    generate_all(*tiny.parts, other, max_new_tokens=5, key=KEY)
+    assert not count(*programs)
+    # It would be noticed.
+    generate_all(*tiny.parts, other * 2, max_new_tokens=1, key=KEY)
+    assert all(count(name) for name in programs)
 
 
 def test_pad_prompts():
@@ -156,14 +158,12 @@ def test_pad_prompts():
     ({"vocab_size": 29}, "vocab_size: 29; valid: 1 to .*28"),
     ({"pad_id": 24}, "pad_id: 24"),
     ({"slots": 0}, "slots: 0; valid: an integer >= 1, or None"),
-    ({"memory": "shuffled"}, "memory: shuffled; valid: on or off"),
-    ({"tables": None}, "tables: None; valid: .* memory='off'"),
-    ({"hashing": None}, "hashing: None; valid: .* memory='off'"),
-    ({"compression": None}, "compression: None; valid: .* memory='off'"),
+    ({"store": None}, "store: None; valid: a store with a memory, and None"),
+    ({"memory": None}, "store: TableStore; valid: a store with a memory, an"),
   ],
 )
 def test_refusals_at_the_call(tiny, change, message):
-  names = ("model", "tables", "hashing", "compression")
+  names = ("model", "memory", "store")
   arguments = dict(zip(names, tiny.parts))
   arguments |= {"prompts": PROMPTS, "max_new_tokens": 3, "key": KEY}
   with pytest.raises(InputError, match=f"^{message}"):

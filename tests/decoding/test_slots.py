@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.generate import (
   NO_TOKEN,
   generate,
@@ -43,7 +43,7 @@ def together(tiny):
 
 
 def test_a_sequence_moves_in_whole_and_alone(every_tiny):
-  decoder = TableDecoder(*every_tiny.parts)
+  decoder = Decoder(*every_tiny.parts)
 
   def prefilled(prompts):
     state = decoder.init_state(len(prompts), 16)
@@ -110,15 +110,13 @@ def test_slots_and_a_store_with_a_cache(tiny, together):
   )
   found = generate_all(
     tiny.model,
-    None,
-    tiny.hashing,
-    tiny.compression,
+    tiny.memory,
+    store,
     PROMPTS,
     max_new_tokens=STEPS,
     key=KEY,
     end_id=end_id,
     slots=2,
-    store=store,
   )
   assert found == ended
   assert store.by_layer[0].hits > 0
@@ -127,12 +125,11 @@ def test_slots_and_a_store_with_a_cache(tiny, together):
 def test_a_prompt_that_waits_is_read_before_a_slot_is_free(tiny, together):
   store = open_store("host", tiny.tables, tiny.hashing)
   steps = generate(
-    *(tiny.model, None, tiny.hashing, tiny.compression),
+    *(tiny.model, tiny.memory, store),
     PROMPTS[:3],
     max_new_tokens=STEPS,
     key=KEY,
     slots=1,
-    store=store,
     prefetch=False,
   )
   reads = []
@@ -159,14 +156,14 @@ def test_a_sequence_that_has_ended_reads_no_more_rows(tiny, together):
       asked.append({i: np.asarray(ids) for i, ids in row_ids.items()})
       return super().read(row_ids, buffers=buffers)
 
+  store = Noting(*pack_tables(tiny.tables, tiny.hashing, "float32"))
   generate_all(
-    *(tiny.model, None, tiny.hashing, tiny.compression),
+    *(tiny.model, tiny.memory, store),
     [PROMPTS[short], PROMPTS[long]],
     # Far beyond what the caches hold, if it went on to count.
     max_new_tokens=40,
     key=KEY,
     end_id=end_id,
-    store=Noting(*pack_tables(tiny.tables, tiny.hashing, "float32")),
     prefetch=False,
   )
   after = asked[1 + len(ended[short]) + 3 :]

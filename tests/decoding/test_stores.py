@@ -1,7 +1,6 @@
 """Decoding from any home of the rows, with the bits of the tables' own."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import threading
 
@@ -10,21 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.decoding import decoders
-from engram_jax.decoding.decoders import (
-  StoreDecoder,
-  TableDecoder,
-  last_ids,
-)
+from engram_jax.decoding.decoders import Decoder, last_ids
 from engram_jax.decoding.generate import generate, generate_all, pad_prompts
 from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.homes import open_store, pack_tables
-from engram_jax.memory.prefetch import Prefetcher
+from engram_jax.memory.hot_rows import CachedStore
 from engram_jax.memory.quantization import unpack_rows
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import write_row_file
-from engram_jax.memory.stores import HostStore
+from engram_jax.memory.stores import HostStore, TableStore
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
@@ -94,14 +88,14 @@ def resident(tiny_wide):
 
   def of(name):
     if name not in known:
-      known[name] = bits(TableDecoder(*with_rows_of(tiny_wide, name).parts))
+      known[name] = bits(Decoder(*with_rows_of(tiny_wide, name).parts))
     return known[name]
 
   return of
 
 
-def parts_of(tiny, rows):
-  return tiny.model, rows, tiny.hashing, tiny.compression
+def decoder_of(tiny, store, **options):
+  return Decoder(tiny.model, tiny.memory, store, **options)
 
 
 def assert_same(found, expected):
@@ -116,22 +110,22 @@ def test_every_home_gives_the_bits_of_the_tables(
   tiny_wide, open_home, resident, home, prefetch
 ):
   store = open_home(home)
-  if not prefetch:
-    decoder = StoreDecoder(*parts_of(tiny_wide, store))
-    return assert_same(bits(decoder), resident("float32"))
-  with Prefetcher(store, tiny_wide.hashing) as rows:
-    decoder = StoreDecoder(*parts_of(tiny_wide, rows))
+  with decoder_of(tiny_wide, store, prefetch=prefetch) as decoder:
     assert_same(bits(decoder), resident("float32"))
-  assert store.statistics.reads == 1 + STEPS
+  # A compiled program reads those on the device, and counts nothing.
+  on_host = home in ("host", "file")
+  assert store.statistics.reads == (1 + STEPS if on_host else 0)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "fp8", "int8"])
 def test_every_format_gives_the_bits_of_tables_of_its_numbers(
   tiny_wide, open_home, resident, name
 ):
-  with Prefetcher(open_home("host", name), tiny_wide.hashing) as rows:
-    found = bits(StoreDecoder(*parts_of(tiny_wide, rows)))
+  with decoder_of(tiny_wide, open_home("host", name)) as decoder:
+    found = bits(decoder)
   assert_same(found, resident(name))
+  packed = decoder_of(tiny_wide, open_home("device", name))
+  assert_same(bits(packed), found)
   assert any((x != y).any() for x, y in zip(found, resident("float32")))
 
 
@@ -140,41 +134,30 @@ def test_a_cache_before_a_home_changes_nothing(
   tiny_wide, open_home, resident, rows
 ):
   store = open_home("file", "fp8", rows=rows)
-  with Prefetcher(store, tiny_wide.hashing) as prefetcher:
-    found = bits(StoreDecoder(*parts_of(tiny_wide, prefetcher)))
+  with decoder_of(tiny_wide, store) as decoder:
+    found = bits(decoder)
   assert_same(found, resident("fp8"))
   layer = store.by_layer[1]
   assert layer.misses > 0 and (layer.hits > 0 or rows == 1)
 
 
-def test_the_step_is_compiled_once_whatever_is_read(tiny_wide, open_home):
-  decoder = StoreDecoder(*parts_of(tiny_wide, open_home("host")))
-  bits(decoder)
-  programs = (decoders._begin, decoders._finish)
-  sizes = [program._cache_size() for program in programs]
-  state = decoder.init_state(3, CAPACITY)
-  for tokens in ([1, 1, 1], [1, 2, 3], [7, 7, 19], [9, 4, 2]):
-    _, state = decoder.start(state, np.array(tokens, np.int32))()
-  assert [program._cache_size() for program in programs] == sizes
-
-
-def test_the_decoder_hashes_whatever_the_prefetcher_was_given(
-  tiny_wide, open_home, resident
+def test_the_step_is_compiled_once_whatever_is_read(
+  tiny_wide, open_home, compiled
 ):
-  hashing = tiny_wide.hashing
-  other = dataclasses.replace(
-    hashing, multipliers={i: x + 2 for i, x in hashing.multipliers.items()}
-  )
-  for given in (None, other):
-    with Prefetcher(open_home("host"), given) as rows:
-      found = bits(StoreDecoder(*parts_of(tiny_wide, rows)))
-    assert_same(found, resident("float32"))
+  decoder = decoder_of(tiny_wide, open_home("host"), prefetch=False)
+  bits(decoder)
+  state = decoder.init_state(3, CAPACITY)
+  with compiled() as count:
+    for tokens in ([1, 1, 1], [1, 2, 3], [7, 7, 19], [9, 4, 2]):
+      _, state = decoder.start(state, np.array(tokens, np.int32))()
+    assert not count("lower_blocks", "upper_blocks")
+    # It would be noticed.
+    decoder.start(decoder.init_state(2, 8), np.ones(2, np.int32))()
+    assert count("lower_blocks") == count("upper_blocks") == 1
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
-def test_threads_share_a_decoder(tiny_wide, open_home, prefetch):
-  store = open_home("host")
-  alone = StoreDecoder(*parts_of(tiny_wide, store))
+def test_threads_share_a_decoder(tiny_wide, open_home):
+  alone = decoder_of(tiny_wide, open_home("host"), prefetch=False)
   prompts = [[5, 6, 7, 8, 9]], [[9, 3, 1, 4]]
 
   def first_logits(decoder, prompt):
@@ -192,23 +175,19 @@ def test_threads_share_a_decoder(tiny_wide, open_home, prefetch):
       return rows
 
   packed = pack_tables(tiny_wide.tables, tiny_wide.hashing, "float32")
-  rows = Meeting(*packed)
-  with contextlib.ExitStack() as stack:
-    if prefetch:
-      rows = stack.enter_context(Prefetcher(rows, threads=2))
-    decoder = StoreDecoder(*parts_of(tiny_wide, rows))
-    run = lambda prompt: first_logits(decoder, prompt)
-    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+  decoder = decoder_of(tiny_wide, Meeting(*packed), prefetch=False)
+  run = lambda prompt: first_logits(decoder, prompt)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
     found = list(pool.map(run, prompts))
   for one, other in zip(found, expected):
     np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture(params=["tables", "store"])
+@pytest.fixture(params=["tables", "host"])
 def decoder(request, tiny_wide, open_home):
-  if request.param == "tables":
-    return TableDecoder(*tiny_wide.parts)
-  return StoreDecoder(*parts_of(tiny_wide, open_home("host")))
+  on_host = request.param == "host"
+  store = open_home("host") if on_host else tiny_wide.store
+  return decoder_of(tiny_wide, store, prefetch=False)
 
 
 def test_a_step_keeps_its_own_tokens(decoder):
@@ -225,7 +204,7 @@ def test_a_step_keeps_its_own_tokens(decoder):
   np.testing.assert_array_equal(step(True), step(False))
 
 
-def test_a_decoder_refuses_what_prefill_refuses(decoder):
+def test_a_chunk_that_does_not_fit_is_refused(decoder):
   def start(shape, lengths, value=1):
     state = decoder.init_state(2, 8)
     return decoder.start(state, np.full(shape, value, np.int32), lengths)
@@ -257,19 +236,12 @@ def test_a_decoder_refuses_what_prefill_refuses(decoder):
 def test_generate_takes_a_store(tiny_wide, open_home):
   options = {"max_new_tokens": 5, "key": KEY, "temperature": 1.5}
   expected = generate_all(*tiny_wide.parts, PROMPTS, **options)
-  parts = parts_of(tiny_wide, None)
+  parts = tiny_wide.model, tiny_wide.memory
   for prefetch in (True, False):
-    found = generate_all(
-      *parts, PROMPTS, store=open_home("host"), prefetch=prefetch, **options
-    )
+    options["prefetch"] = prefetch
+    found = generate_all(*parts, open_home("host"), PROMPTS, **options)
     assert found == expected
   assert not threads()
-  off = generate_all(*tiny_wide.parts, PROMPTS, memory="off", **options)
-  store = open_home("host")
-  assert off == generate_all(
-    *parts, PROMPTS, memory="off", store=store, **options
-  )
-  assert store.statistics.reads == 0
 
 
 def threads():
@@ -297,11 +269,10 @@ def test_a_failing_store_is_heard_of_and_leaves_no_thread(
   tiny_wide, open_home, prefetch
 ):
   steps = generate(
-    *parts_of(tiny_wide, None),
+    *(tiny_wide.model, tiny_wide.memory, Failing(open_home("host"))),
     PROMPTS,
     max_new_tokens=9,
     key=KEY,
-    store=Failing(open_home("host")),
     prefetch=prefetch,
   )
   assert not threads()
@@ -313,11 +284,10 @@ def test_a_failing_store_is_heard_of_and_leaves_no_thread(
 
 def test_whoever_stops_early_leaves_no_thread(tiny_wide, open_home):
   steps = generate(
-    *parts_of(tiny_wide, None),
+    *(tiny_wide.model, tiny_wide.memory, open_home("host")),
     PROMPTS,
     max_new_tokens=9,
     key=KEY,
-    store=open_home("host"),
   )
   next(steps)
   assert threads()
@@ -398,12 +368,13 @@ def test_refusals_by_name(tiny, tiny_wide, open_home):
   with refused(r"hash\.multipliers of .*rows: .*; valid: "):
     open_store(f"file:{path}", None, other)
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
-    StoreDecoder(*parts_of(tiny, open_home("host")))
+    decoder_of(tiny, open_home("host"))
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
     generate(
-      *parts_of(tiny, None),
+      *(tiny.model, tiny.memory, open_home("host")),
       PROMPTS,
       max_new_tokens=1,
       key=KEY,
-      store=open_home("host"),
     )
+  with refused("store: TableStore; valid: a store of packed rows"):
+    CachedStore(TableStore(tiny.tables), capacity_bytes=1000)

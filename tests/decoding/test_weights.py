@@ -1,7 +1,6 @@
 """Weights taken apart and cast for decoding: the same model."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +9,28 @@ import pytest
 from flax import nnx
 
 from engram_jax.backbone.transformer import Transformer
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.generate import pad_prompts
-from engram_jax.decoding.state import init_state, prefill
 from engram_jax.decoding.weights import for_decoding
 
 PROMPTS = pad_prompts([[5, 6, 7, 8, 9], [20], [3, 1, 4]], vocab_size=24)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def last_logits(*arguments):
-  return prefill(*arguments)[0]
+def last_logits(decoder):
+  state = decoder.init_state(3, 16)
+  return decoder.start(state, *PROMPTS)()[0]
 
 
 def test_the_blocks_apart_are_the_stacks(every_tiny):
-  tiny = every_tiny
-  state = init_state(tiny.model, tiny.hashing, batch=3, capacity=16)
-  expected = last_logits(*tiny.parts, state, *PROMPTS)
-  _, *memory = tiny.parts
-  found = last_logits(for_decoding(tiny.model), *memory, state, *PROMPTS)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  tokens, lengths = PROMPTS
+  whole = every_tiny.logits(tokens)
+  expected = whole[np.arange(3), np.asarray(lengths) - 1]
+  found = last_logits(Decoder(*every_tiny.parts))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  _, *memory = every_tiny.parts
+  apart = for_decoding(every_tiny.model)
+  again = last_logits(Decoder(apart, *memory))
+  np.testing.assert_array_equal(again, found)
 
 
 def test_a_second_time_changes_nothing_and_the_first_leaves_the_model(tiny):
@@ -39,17 +40,8 @@ def test_a_second_time_changes_nothing_and_the_first_leaves_the_model(tiny):
   after = jax.tree.leaves(nnx.state(tiny.model))
   assert all(a is b for a, b in zip(before, after, strict=True))
   size = sum(leaf.size for leaf in before)
-  assert sum(x.size for x in jax.tree.leaves(nnx.state(apart))) == size
-
-
-def test_it_can_be_called_without_a_cache_too(tiny):
-  model = tiny.model
-  expected = model(PROMPTS[0], None).logits
-  config = dataclasses.replace(model.config, scan_blocks=True)
-  apart = for_decoding(model)
-  apart.config = config
-  found = apart(PROMPTS[0], None).logits
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert sum(x.size for x in jax.tree.leaves(apart)) == size
+  assert len(apart.blocks) == 3 and apart.config == tiny.model.config
 
 
 def in_bfloat16(tiny):
@@ -72,14 +64,16 @@ def test_what_is_computed_in_bfloat16_is_kept_in_it(request, kind):
   apart = for_decoding(tiny.model)
   dtypes = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(apart))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(apart)
   }
   for path, dtype in dtypes.items():
     kept = any(name in path for name in ("scale", "router", "bias"))
     assert dtype == (jnp.float32 if kept else jnp.bfloat16), path
-  state = init_state(tiny.model, tiny.hashing, batch=3, capacity=16)
-  expected = last_logits(*tiny.parts, state, *PROMPTS)
-  decoder = TableDecoder(*tiny.parts)
-  found, _ = decoder.start(decoder.init_state(3, 16), *PROMPTS)()
+  cache = jax.eval_shape(lambda: Decoder(*tiny.parts).init_state(2, 8)).cache
+  arrays = jax.tree.leaves((cache.attention, cache.conv))
+  assert all(x.dtype == jnp.bfloat16 for x in arrays)
+  tokens, lengths = PROMPTS
+  expected = tiny.logits(tokens)[np.arange(3), np.asarray(lengths) - 1]
+  found = last_logits(Decoder(*tiny.parts))
   # Of loud weights: roundings of 2^-8, some of which XLA may leave out.
   np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.1)
