@@ -16,16 +16,15 @@ from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_finite, require_in_range
 from engram_jax.memory.breaks import require_integers
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import Tables, retrieve
+from engram_jax.memory.lookup import Tables
+from engram_jax.memory.memory import Memory
+from engram_jax.memory.stores import RowStore
 
 
 def gate_map(
   model: Transformer,
-  tables: Tables,
-  hashing: NgramHash,
-  compression: TokenCompression,
+  memory: Memory,
+  store: Tables | RowStore,
   token_ids: Int[np.ndarray, "L"] | Int[Array, "L"],
 ) -> dict[int, Float[np.ndarray, "L G"]]:
   """Runs one text through the model and returns its gates.
@@ -35,9 +34,8 @@ def gate_map(
 
   Args:
     model: with a memory.
-    tables: [R, d] per Engram layer.
-    hashing: the model's hash.
-    compression: the tokenizer's.
+    memory: the model's.
+    store: where its rows live: a store, or tables [R, d] per Engram layer.
     token_ids: [L], raw ids, at least one.
 
   Returns:
@@ -45,19 +43,20 @@ def gate_map(
 
   Raises:
     InputError: a model without memory, no tokens, ids outside the vocabulary,
-      or tables that do not fit the hash.
+      or
+      a store of another memory.
     NonFiniteError: a gate is not finite; the message has layer, position and
       stream.
   """
-  memory = model.config.engram
-  require(memory is not None, "model.config.engram", None, "a memory")
+  engram = model.config.engram
+  require(engram is not None, "model.config.engram", None, "a memory")
   require(token_ids.size > 0, "token_ids", "no tokens", "one or more tokens")
   require_integers("token_ids", token_ids)
   # Before int32 cuts larger ones off.
-  size = compression.vocab_size
-  require_in_range("token_ids", token_ids, low=0, high=size)
+  high = memory.vocab_size
+  require_in_range("token_ids", token_ids, low=0, high=high)
   ids = jnp.asarray(token_ids, jnp.int32)[None]
-  rows = retrieve(tables, hashing, compression(ids)).rows
+  rows = memory.lookup(store, ids).rows
   gates = jax.device_get(_gates(model, ids, rows))
   for layer, gate in gates.items():
     require_finite(f"gates of layer {layer}", gate[0])

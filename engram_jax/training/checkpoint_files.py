@@ -108,7 +108,7 @@ def _what_is_missing(path: pathlib.Path, *, to_go_on: bool) -> str | None:
   if not any(path.iterdir()):
     return "empty"
   documents = {}
-  for name in ("manifest", "constants", "metrics"):
+  for name in ("manifest", "run_metadata", "metrics"):
     # Orbax has a name of its own for the file of the metrics.
     file = path / name / ("metrics" if name == "metrics" else "metadata")
     try:
@@ -137,9 +137,9 @@ def _rename_aside(path: pathlib.Path) -> None:
   logging.warning("%s renamed to %s", path, aside.name)
 
 
-def digest(constants: Any) -> str:
+def digest(run_metadata: Any) -> str:
   """SHA-256 of what `json_values.plain` gave."""
-  return hashlib.sha256(json.dumps(constants).encode()).hexdigest()
+  return hashlib.sha256(json.dumps(run_metadata).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ from engram_jax.training.checkpoint_files import (
   reading,
   writing,
 )
-from engram_jax.training.json_values import first_difference, plain
+from engram_jax.training.json_values import plain
 from engram_jax.training.manifest import (
   describe,
   require_same_arrays,
@@ -70,62 +70,8 @@ from engram_jax.training.manifest import (
 )
 from engram_jax.training.state import TrainState, flatten, unflatten
 
-#: Fields of the config in which a run may differ from the one it continues:
-#: none of them alters a step. All the others do, the length of the run
-#: included, because the learning rate drops at shares of it.
-FREE_FIELDS = frozenset(
-  {
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_best",
-    "train.log_every",
-    "data.data_dir",
-    # The same function, and sums in another order.
-    "model.scan_blocks",
-    "model.remat",
-    "model.attention.block_size",
-    "train.loss_chunk",
-    # Another mesh sums in another order, and where experts are full it drops
-    # other tokens: the same run, but not bit for bit.
-    "mesh.replica",
-    "mesh.data",
-    "mesh.expert",
-    "mesh.tensor",
-    "mesh.lookup",
-    "mesh.lookup_capacity",
-  }
-)
-
 # Deleted checkpoints wait here: a rename is atomic, a deletion is not.
 _DELETED = "deleted"
-
-
-def check_constants(
-  found: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-  """Refuses a checkpoint of another run.
-
-  Args:
-    found: a checkpoint's constants: nested dicts, lists and scalars.
-    expected: this run's. Their `versions` and, in `config`, `FREE_FIELDS` may
-      differ; a field of the config is named without "config." before it.
-
-  Raises:
-    InputError: the first field that differs, with both values.
-  """
-
-  def free(path: str) -> bool:
-    if path == "held_out_digest":
-      return path not in found  # as in earlier checkpoints
-    return path == "versions" or path.removeprefix("config.") in FREE_FIELDS
-
-  difference = first_difference(plain(found), plain(expected), free=free)
-  if difference is not None:
-    path, was, wanted = difference
-    field = path.removeprefix("config.")
-    raise InputError(field, f"{was} in the checkpoint", wanted)
 
 
 class Checkpoints:
@@ -134,10 +80,10 @@ class Checkpoints:
   Example:
     >>> with Checkpoints(folder, keep_last=2, keep_best=1) as c:
     ...   if c.latest_step() is not None:
-    ...     check_constants(c.read_constants(), constants)
+    ...     require_same_run(c.read_run_metadata(), expected)
     ...     state = c.restore(state, data_iterator=iterator)
     ...   ...
-    ...   c.save(step, state, data_iterator=iterator, constants=constants)
+    ...   c.save(step, state, data_iterator=iterator, run_metadata=run_metadata)
   """
 
   def __init__(
@@ -228,7 +174,7 @@ class Checkpoints:
     state: TrainState,
     *,
     data_iterator: grain.DatasetIterator | None = None,
-    constants: Mapping[str, Any],
+    run_metadata: Mapping[str, Any],
     eval_loss: float | None = None,
   ) -> None:
     """Starts to write a checkpoint and returns; waits for the one before.
@@ -241,8 +187,8 @@ class Checkpoints:
       step: steps taken; `state.step`.
       state: everything that a step changes.
       data_iterator: its position is saved; None saves none.
-      constants: what the run is made of besides its arrays, ready for JSON:
-        `config`, hash, digests, `versions`; see `check_constants`.
+      run_metadata: what the run is made of besides its arrays, ready for JSON:
+        `config`, hash, digests, `versions`; see `require_same_run`.
       eval_loss: lets the checkpoint compete for the best.
 
     Raises:
@@ -259,13 +205,13 @@ class Checkpoints:
     finite = loss is None or math.isfinite(loss)
     require(finite, "eval_loss", loss, "a finite number, or None")
 
-    constants = plain(constants)
+    run_metadata = plain(run_metadata)
     items = {name: flatten(tree) for name, tree in _split(state).items()}
     items = {name: arrays for name, arrays in items.items() if arrays}
     manifest = {
       "arrays": {name: describe(arrays) for name, arrays in items.items()},
-      "rows": rows_in_use(constants),
-      "constants": digest(constants),
+      "rows": rows_in_use(run_metadata),
+      "run_metadata": digest(run_metadata),
       "data": data_iterator is not None,
     }
     arguments = {
@@ -273,7 +219,7 @@ class Checkpoints:
       name: ocp.args.PyTreeSave({k: x for k, x in arrays.items() if x.size})
       for name, arrays in items.items()
     }
-    arguments["constants"] = ocp.args.JsonSave(constants)
+    arguments["run_metadata"] = ocp.args.JsonSave(run_metadata)
     arguments["manifest"] = ocp.args.JsonSave(manifest)
     if data_iterator is not None:
       arguments["data"] = grain.checkpoint.CheckpointSave(data_iterator)
@@ -326,8 +272,8 @@ class Checkpoints:
 
   # --- reading ---
 
-  def read_constants(self, step: int | None = None) -> dict[str, Any]:
-    """The constants of a checkpoint.
+  def read_run_metadata(self, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint says of its run.
 
     Args:
       step: None for the latest.
@@ -337,11 +283,11 @@ class Checkpoints:
     """
     step = self._resolve(step)
     manifest = self.read_manifest(step)
-    constants = self._read(step, constants=ocp.args.JsonRestore())["constants"]
+    run_metadata = self._read(step, run_metadata=ocp.args.JsonRestore())["run_metadata"]
     self._require_whole(
-      digest(constants) == manifest["constants"], step, "constants"
+      digest(run_metadata) == manifest["run_metadata"], step, "run_metadata"
     )
-    return constants
+    return run_metadata
 
   def restore(
     self,
@@ -352,7 +298,7 @@ class Checkpoints:
   ) -> TrainState:
     """The state of a checkpoint, bit for bit.
 
-    Whether it is a checkpoint of this very run is for `check_constants`.
+    Whether it is a checkpoint of this very run is for `require_same_run`.
 
     Args:
       template: arrays or `jax.ShapeDtypeStruct`s of the shapes expected. The
@@ -432,7 +378,7 @@ class Checkpoints:
   def read_manifest(self, step: int) -> dict[str, Any]:
     """What `manifest.py` says of a checkpoint."""
     manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
-    whole = {"arrays", "rows", "constants", "data"} <= set(manifest)
+    whole = {"arrays", "rows", "run_metadata", "data"} <= set(manifest)
     self._require_whole(whole, step, "manifest")
     return manifest
 

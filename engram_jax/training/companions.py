@@ -17,11 +17,8 @@ import tokenizers
 from engram_jax.data.prepared import PreparedData
 from engram_jax.data.tokenizers import load_tokenizer
 from engram_jax.errors import require
-from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.run_config import DataConfig
-from engram_jax.training.checkpoints import FREE_FIELDS
-from engram_jax.training.manifest import weights_digest
 
 
 def tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
@@ -36,7 +33,7 @@ def own_tokenizer(
 
   Args:
     path: its file.
-    stored: the checkpoint's constants.
+    stored: the checkpoint's run metadata.
 
   Raises:
     InputError: no tokenizer there, or that of another run.
@@ -53,7 +50,7 @@ def own_compression(
 
   Args:
     path: its file.
-    stored: the checkpoint's constants.
+    stored: the checkpoint's run metadata.
 
   Raises:
     InputError: no compression there, or that of another run.
@@ -71,7 +68,7 @@ def require_own_files(
   Args:
     tokenizer: the file of that name; if it is missing it is not asked for.
     compression: likewise; unused by a model without a memory.
-    stored: a checkpoint's constants.
+    stored: a checkpoint's run metadata.
 
   Raises:
     InputError: the first of the two that is not the checkpoint's.
@@ -105,34 +102,6 @@ def require_own_text(
     field = f"digest of the {split} text of {where}"
     require(wanted in (None, found), field, found, valid)
   return [split for split, wanted in digests.items() if wanted is None]
-
-
-def weights_identity(
-  step: int, stored: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> WeightsIdentity:
-  """The identity of a checkpoint's weights.
-
-  Args:
-    step: of the checkpoint.
-    stored: its constants.
-    manifest: what it says of its arrays.
-  """
-
-  def kept(value: Any, path: str) -> Any:
-    """Without the fields in which the checkpoints of one run may differ."""
-    if not isinstance(value, dict):
-      return value
-    paths = {name: f"{path}.{name}" if path else name for name in value}
-    return {
-      name: kept(value[name], paths[name])
-      for name in sorted(value)
-      if paths[name] not in FREE_FIELDS
-    }
-
-  names = "hash", "compression_digest", "tokenizer_digest", "data_digest"
-  of_run = [kept(stored["config"], ""), *map(stored.get, names)]
-  run = hashlib.sha256(json.dumps(of_run).encode()).hexdigest()
-  return WeightsIdentity(run, step, weights_digest(manifest))
 
 
 def _require_digest(

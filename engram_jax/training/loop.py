@@ -35,29 +35,31 @@ from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import divergence, processes
-from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import require_own_files
 from engram_jax.training.evaluation import make_eval_step, mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import MetricsWriter
-from engram_jax.training.program import Program
-from engram_jax.training.runs import (
-  RunFolder,
-  abstract_state,
-  constants,
-  make_memory,
-  new_state,
-  open_folder,
-  read_constants,
-  save_tokenizer_of_run,
-)
-from engram_jax.training.starting import (
-  find_origin,
-  record_origin,
-  state_from,
+from engram_jax.training.init_from import (
+  find_source,
+  init_state_from,
+  record_source,
   tokenizer_of,
 )
-from engram_jax.training.state import TrainState, abstract_model
+from engram_jax.training.run_metadata import (
+  difference,
+  make_run_metadata,
+  read_run_metadata,
+  require_same_run,
+)
+from engram_jax.training.runs import (
+  RunFolder,
+  make_memory,
+  open_folder,
+  save_tokenizer_of_run,
+)
+from engram_jax.training.setup import TrainSetup
+from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
 from engram_jax.training.stopping import stop_requests
 
@@ -69,7 +71,7 @@ class RunResult:
   Attributes:
     folder: where everything is.
     state: at the end.
-    program: what was trained.
+    setup: what was trained.
     data: the prepared text.
     finished: False when a signal ended the run early.
     compile_seconds: of the training step.
@@ -81,7 +83,7 @@ class RunResult:
 
   folder: RunFolder
   state: TrainState
-  program: Program
+  setup: TrainSetup
   data: PreparedData
   finished: bool
   compile_seconds: float
@@ -104,7 +106,7 @@ def run(
     config: the whole run.
     workdir: its folder; new, empty, or of the same run.
     init_from: the folder of another run, whose weights a new one starts from;
-      see `starting.py`. Not looked at once the run has a checkpoint.
+      see `init_from.py`. Not looked at once the run has a checkpoint.
     init_step: of the other run's checkpoint; None for the newest.
     progress: tell on standard error what is done, with a progress bar.
 
@@ -120,7 +122,7 @@ def run(
   mesh = processes.together(lambda: _make_mesh(config))
   if mesh is not None:
     say(f"Devices: {', '.join(f'{a} {n}' for a, n in mesh.shape.items())}")
-  origin = find_origin(
+  source = find_source(
     workdir, config, init_from=init_from, init_step=init_step
   )
   with contextlib.ExitStack() as stack:
@@ -129,7 +131,7 @@ def run(
     )
     processes.together(lambda: divergence.require_none(folder))
     say("Preparing the text (done once for each text and tokenizer) ...")
-    tokenizer_path = tokenizer_of(folder, origin)
+    tokenizer_path = tokenizer_of(folder, source)
     if tokenizer_path is not None:
       say(f"The tokenizer comes with the weights: {tokenizer_path}")
     data = processes.together(
@@ -143,7 +145,7 @@ def run(
     )
     sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
     say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
-    hashing, compression, iterator, evaluation = processes.together(
+    memory, iterator, evaluation = processes.together(
       lambda: _prepare_run(config, folder, data)
     )
     saved = Checkpoints(
@@ -157,15 +159,15 @@ def run(
     )
     stored = None
     if saved.latest_step() is not None:
-      stored = read_constants(saved)
-    known = stored or (origin and origin.constants)
-    if known and hashing is not None and known["hash"] is not None:
-      # The stored constants count, whatever this NumPy would draw.
-      hashing = NgramHash.from_dict(known["hash"])
-    expected = constants(
+      stored = read_run_metadata(saved)
+    known = stored or (source and source.run_metadata)
+    if known and memory is not None and known["hash"] is not None:
+      # The stored multipliers count, whatever this NumPy would draw.
+      stored_hash = NgramHash.from_dict(known["hash"])
+      memory = dataclasses.replace(memory, hashing=stored_hash)
+    expected = make_run_metadata(
       config,
-      hashing=hashing,
-      compression=compression,
+      memory,
       tokenizer=data.tokenizer,
       data_digest=data.splits["train"].digest,
       held_out_digest=data.splits["validation"].digest,
@@ -174,44 +176,37 @@ def run(
       processes.together(
         lambda: require_own_files(folder.tokenizer, folder.compression, stored)
       )
-      check_constants(stored, expected)
-    elif origin is not None:
-      origin.require_same(expected)
+      require_same_run(stored, expected)
+    elif source is not None:
+      source.require_same(expected)
     processes.together(lambda: _require_as_on_main(expected))
-    graph, _, _ = abstract_model(config.model)
-    program = Program.create(
-      config.model,
-      train,
-      graph,
-      hashing=hashing,
-      compression=compression,
-      mesh=mesh,
-      mesh_config=config.mesh,
+    setup = TrainSetup.create(
+      config.model, train, memory, mesh=mesh, mesh_config=config.mesh
     )
     if stored is not None:
-      state = saved.restore(abstract_state(program), data_iterator=iterator)
+      state = saved.restore(setup.abstract_state(), data_iterator=iterator)
       say(f"Resuming {folder.path} at step {int(state.step)}")
       if init_from is not None:
         say(f"Not from {init_from}: the run has checkpoints of its own")
-    elif origin is not None:
+    elif source is not None:
       if processes.is_main():
-        record_origin(folder, origin)
-      say(f"Starting from step {origin.step} of {origin.folder.path}")
-      state = state_from(origin, program)
+        record_source(folder, source)
+      say(f"Starting from step {source.step} of {source.folder.path}")
+      state = init_state_from(source, setup)
     else:
-      state = new_state(program)
+      state = setup.init_state()
 
     writer = stack.enter_context(
       MetricsWriter(folder.path, enabled=processes.is_main())
     )
-    loop = _Loop(config, folder, writer, saved, program, evaluation, expected)
+    loop = _Loop(config, folder, writer, saved, setup, evaluation, expected)
     stop = stack.enter_context(stop_requests())
     state = loop.train(state, iterator, stop=stop, progress=progress)
     saved.wait()
   return RunResult(
     folder=folder,
     state=state,
-    program=program,
+    setup=setup,
     data=data,
     finished=int(state.step) >= train.steps,
     compile_seconds=loop.compile_seconds,
@@ -253,7 +248,7 @@ def _make_mesh(config: ExperimentConfig) -> Mesh | None:
 
 
 def _prepare_run(config: ExperimentConfig, folder: RunFolder, data):
-  """Hash, compression, iterator, held-out batches; the folder's tokenizer."""
+  """Memory, iterator, held-out batches; the folder's tokenizer."""
   train = config.train
   require(
     data.vocab_size <= config.model.vocab_size,
@@ -261,9 +256,9 @@ def _prepare_run(config: ExperimentConfig, folder: RunFolder, data):
     config.model.vocab_size,
     f"at least the tokenizer's {data.vocab_size}",
   )
-  hashing, compression = make_memory(config, data.tokenizer)
+  memory = make_memory(config, data.tokenizer)
   if processes.is_main():
-    save_tokenizer_of_run(folder, data.tokenizer_path, compression)
+    save_tokenizer_of_run(folder, data.tokenizer_path, memory)
   iterator = iter(
     batches(
       data,
@@ -278,19 +273,16 @@ def _prepare_run(config: ExperimentConfig, folder: RunFolder, data):
   evaluation = (
     list(evaluation_batches(config, data)) if train.eval_every else []
   )
-  return hashing, compression, iterator, evaluation
+  return memory, iterator, evaluation
 
 
 def _require_as_on_main(expected: dict[str, Any]) -> None:
   """Refuses a process with other text, tokenizer or hash than process 0's."""
-  main = processes.from_main(expected)
-  try:
-    check_constants(main, expected)
-  except InputError as error:
-    was = error.value.removesuffix(" in the checkpoint")
+  other = difference(processes.from_main(expected), expected)
+  if other is not None:
     me = jax.process_index()
-    valid = f"{was}, as in process 0; process {me} has {error.valid}"
-    raise InputError(error.field, error.valid, valid) from None
+    valid = f"{other.found}, as in process 0; process {me} has {other.expected}"
+    raise InputError(other.field, other.expected, valid)
 
 
 def _closing(saved: Checkpoints) -> Callable[..., None]:
@@ -336,13 +328,13 @@ class _Loop:
   """One call of `run`: the steps, and what is counted on the way."""
 
   def __init__(
-    self, config, folder, writer, saved, program, evaluation, constants_
+    self, config, folder, writer, saved, setup, evaluation, run_metadata
   ):
     self.train_config, self.folder = config.train, folder
-    self.saved, self.program = saved, program
-    self.evaluation, self.constants = evaluation, constants_
+    self.saved, self.setup = saved, setup
+    self.evaluation, self.run_metadata = evaluation, run_metadata
     self.writer = writer
-    self.eval_step = make_eval_step(program)
+    self.eval_step = make_eval_step(setup)
     self.compile_seconds = 0.0
     self.seconds = 0.0  # of steps alone
     self.steps = self.tokens = self.skipped = 0
@@ -353,10 +345,10 @@ class _Loop:
     if step >= config.steps:
       return state
     batch = self._next(iterator)
-    room = self.program.capacity(batch)
+    capacity = self.setup.lookup_capacity(batch)
     if progress:
       _say("Compiling the step ...")
-    compiled, self.compile_seconds = self._compile(state, batch, room)
+    compiled, self.compile_seconds = self._compile(state, batch, capacity)
     # A collective waits half a minute only, for a slower compilation elsewhere.
     processes.barrier("compiled")
     self.writer.write(
@@ -377,8 +369,10 @@ class _Loop:
         # One small transfer a step: a step that is not finite must be the
         # last one, and one without room for its rows is taken again.
         metrics = processes.fetch(metrics)
-        if not room.suffices(metrics.get("lookup_needed", 0)):
-          compiled, _ = self._compile(state, batch, room)
+        needed = metrics.get("lookup_needed", 0)
+        if not capacity.suffices(needed):
+          capacity = capacity.grown(needed)
+          compiled, _ = self._compile(state, batch, capacity)
           processes.barrier("compiled")
           continue
         step += 1
@@ -407,12 +401,12 @@ class _Loop:
     return state
 
   def _next(self, iterator) -> Any:
-    return sharding.place_batch(next(iterator), self.program.mesh)
+    return sharding.place_batch(next(iterator), self.setup.mesh)
 
-  def _compile(self, state, batch, room):
-    """The step for this room, and how long it took to compile."""
+  def _compile(self, state, batch, capacity):
+    """The step for this capacity, and how long it took to compile."""
     start = time.perf_counter()
-    step = make_train_step(self.program, capacity=room.rows)
+    step = make_train_step(self.setup, capacity=capacity.rows)
     compiled = step.lower(state, batch).compile()
     return compiled, time.perf_counter() - start
 
@@ -439,7 +433,7 @@ class _Loop:
       try:
         loss = mean_loss(
           self.eval_step,
-          self.program.model_of(state),
+          self.setup.merge_model(state),
           state.tables,
           self.evaluation,
         )
@@ -453,6 +447,6 @@ class _Loop:
         step,
         state,
         data_iterator=iterator,
-        constants=self.constants,
+        run_metadata=self.run_metadata,
         eval_loss=loss,
       )

@@ -4,45 +4,44 @@ WORKDIR/
   config.json       the frozen config
   tokenizer.json    a copy: the run needs nothing of the data folder to speak
   compression.npz   the map of token ids to canonical ids
-  checkpoints/      see `checkpoints.py`; holds the hash constants too
+  checkpoints/      see `checkpoints.py`; holds the run metadata too
   metrics.jsonl     one record a line; TensorBoard's files in tensorboard/
-  origin.json       the checkpoint whose weights it started from, if it did
+  init_from.json    the checkpoint whose weights it started from, if it did
   diverged.json     how it ended, if its numbers were no longer finite
   run.lock          held while it trains: see `locks.py`
 """
 
 import dataclasses
-import importlib.metadata
 import os
 import pathlib
-from typing import Any
 
 import jax
 import tokenizers
 from flax import nnx
 from jaxtyping import Array
 
-from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config_dicts import completed, from_dict, to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.files import usable, whole_file, write_whole
 from engram_jax.identity import WeightsIdentity
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoint_files import steps_in
-from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import (
   own_compression,
   own_tokenizer,
-  tokenizer_digest,
-  weights_identity,
 )
 from engram_jax.training.json_values import read_object, to_text
 from engram_jax.training.locks import LOCK
-from engram_jax.training.program import Program
-from engram_jax.training.state import TrainState, abstract_model, init_state
+from engram_jax.training.run_metadata import (
+  difference,
+  memory_of,
+  read_run_metadata,
+  weights_identity,
+)
+from engram_jax.training.setup import TrainSetup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,8 @@ class RunFolder:
     return self.path / "metrics.jsonl"
 
   @property
-  def origin(self) -> pathlib.Path:
-    return self.path / "origin.json"
+  def init_from(self) -> pathlib.Path:
+    return self.path / "init_from.json"
 
   @property
   def diverged(self) -> pathlib.Path:
@@ -123,10 +122,9 @@ class TrainedModel:
     step: of the checkpoint.
     model: the transformer with its weights.
     tables: per Engram layer [R, d]; empty without a memory, or if not wanted.
-    hashing: None without a memory.
-    compression: None without a memory.
+    memory: None without a memory.
     tokenizer: the run's.
-    program: for the functions of `step.py`.
+    setup: for the functions of `step.py`.
     identity: of the checkpoint, to be compared with that of a row file.
     text_digests: of the text that it was trained and rated on, by split; None
       for one that its checkpoint does not know.
@@ -136,10 +134,9 @@ class TrainedModel:
   step: int
   model: Transformer
   tables: dict[int, Array]
-  hashing: NgramHash | None
-  compression: TokenCompression | None
+  memory: Memory | None
   tokenizer: tokenizers.Tokenizer
-  program: Program
+  setup: TrainSetup
   identity: WeightsIdentity
   text_digests: dict[str, str | None]
 
@@ -163,11 +160,10 @@ def open_folder(
       read_object(folder.config, "config.json"),
       source=str(folder.config),
     )
-    try:
-      check_constants({"config": found}, {"config": to_dict(config)})
-    except InputError as error:
-      valid = f"{error.valid}, as in {folder.path}; or another workdir"
-      raise InputError(error.field, error.value, valid) from None
+    other = difference({"config": found}, {"config": to_dict(config)})
+    if other is not None:
+      valid = f"{other.found}, as in {folder.path}; or another workdir"
+      raise InputError(other.field, other.expected, valid)
     return folder
   valid = "a folder of a file system that all processes share"
   require(jax.process_index() == 0, "workdir", folder.path, valid)
@@ -186,73 +182,26 @@ def _exists(path: pathlib.Path) -> bool:
   return True
 
 
-def read_constants(saved: Checkpoints, step: int | None = None) -> dict:
-  """A checkpoint's constants, with the defaults of fields that it predates.
-
-  Args:
-    saved: the checkpoints.
-    step: None for the latest.
-
-  Raises:
-    InputError: no such checkpoint, a damaged one, or one whose config has
-      fields that are unknown here.
-  """
-  stored = saved.read_constants(step)
-  source = f"the checkpoint in {saved.directory}"
-  config = completed(ExperimentConfig, stored["config"], source=source)
-  return stored | {"config": config}
-
-
-def constants(
-  config: ExperimentConfig,
-  *,
-  hashing: NgramHash | None,
-  compression: TokenCompression | None,
-  tokenizer: tokenizers.Tokenizer,
-  data_digest: str,
-  held_out_digest: str | None = None,
-) -> dict[str, Any]:
-  """What every checkpoint holds beside its arrays, ready for JSON."""
-  packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-  return {
-    "config": to_dict(config),
-    "hash": hashing and hashing.to_dict(),
-    "compression_digest": compression and compression.digest,
-    "compression_size": compression and compression.size,
-    "tokenizer_digest": tokenizer_digest(tokenizer),
-    "data_digest": data_digest,
-    "held_out_digest": held_out_digest,
-    "versions": {name: importlib.metadata.version(name) for name in packages},
-  }
-
-
 def make_memory(
   config: ExperimentConfig, tokenizer: tokenizers.Tokenizer
-) -> tuple[NgramHash | None, TokenCompression | None]:
-  """Draws the hash of a new run over its tokenizer's canonical ids."""
-  memory = config.model.engram
-  if memory is None:
-    return None, None
-  compression = TokenCompression.from_tokenizer(tokenizer)
-  require(
-    memory.pad_id < compression.vocab_size,
-    "model.engram.pad_id",
-    memory.pad_id,
-    f"a token id below the tokenizer's {compression.vocab_size}",
-  )
-  hashing = NgramHash.create(
-    vocab_size=compression.size,
-    rows_per_head=memory.rows_per_head,
-    heads=memory.heads,
-    layers=memory.layers,
-    pad_id=int(compression.canonical_ids[memory.pad_id]),
-    seed=memory.seed,
-  )
-  return hashing, compression
+) -> Memory | None:
+  """The memory of a new run over its tokenizer; None for a model without one.
+
+  Raises:
+    InputError: a pad id that is no token, by its field of the config.
+  """
+  engram = config.model.engram
+  if engram is None:
+    return None
+  try:
+    return Memory.create(engram, tokenizer)
+  except InputError as error:
+    field = f"model.engram.{error.field}"
+    raise InputError(field, error.value, error.valid) from None
 
 
 def save_tokenizer_of_run(
-  folder: RunFolder, source: pathlib.Path, compression: TokenCompression | None
+  folder: RunFolder, source: pathlib.Path, memory: Memory | None
 ) -> None:
   """Puts tokenizer and compression into the folder, each whole.
 
@@ -263,8 +212,8 @@ def save_tokenizer_of_run(
   if not (begun and folder.tokenizer.exists()):
     with whole_file(folder.tokenizer) as file:
       file.write(source.read_bytes())
-  if compression is not None and not (begun and folder.compression.exists()):
-    compression.save(folder.compression)
+  if memory is not None and not (begun and folder.compression.exists()):
+    memory.compression.save(folder.compression)
 
 
 def load_run(
@@ -284,74 +233,30 @@ def load_run(
   folder.require_run()
   with Checkpoints.open(folder.checkpoints) as saved:
     step = saved.latest_step() if step is None else step
-    stored = read_constants(saved, step)
+    stored = read_run_metadata(saved, step)
     config = from_dict(ExperimentConfig, stored["config"])
-    hashing = stored["hash"] and NgramHash.from_dict(stored["hash"])
     tokenizer = own_tokenizer(folder.tokenizer, stored)
     compression = None
-    if hashing is not None:
+    if stored["hash"] is not None:
       compression = own_compression(folder.compression, stored)
+    memory = memory_of(stored, compression)
     manifest = saved.read_manifest(step)
-    graph, _, _ = abstract_model(config.model)
-    program = Program.create(
-      config.model,
-      config.train,
-      graph,
-      hashing=hashing,
-      compression=compression,
-    )
-    template = abstract_state(program)
+    setup = TrainSetup.create(config.model, config.train, memory)
+    template = setup.abstract_state()
     if not tables:
       template = dataclasses.replace(template, tables=None)
     params, balance, found = saved.restore_weights(template, step=step)
   return TrainedModel(
     config=config,
     step=step,
-    model=nnx.merge(graph, params, balance),
+    model=nnx.merge(setup.graphdef, params, balance),
     tables=found,
-    hashing=hashing,
-    compression=compression,
+    memory=memory,
     tokenizer=tokenizer,
-    program=program,
+    setup=setup,
     identity=weights_identity(step, stored, manifest),
     text_digests={
       "train": stored["data_digest"],
       "validation": stored.get("held_out_digest"),
     },
-  )
-
-
-def abstract_state(program: Program) -> TrainState:
-  """Shapes, dtypes and shardings of the program's state; allocates nothing."""
-  shapes = jax.eval_shape(lambda: initial_state(program))
-  if program.mesh is None:
-    return shapes
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.state_shardings(shapes, program.mesh),
-  )
-
-
-def new_state(program: Program) -> TrainState:
-  """The state at the start of the program's run.
-
-  Every array is born where it is to lie: a table that no single device could
-  hold is never in one piece.
-  """
-  if program.mesh is None:
-    return jax.jit(lambda: initial_state(program))()
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program))
-  return jax.jit(lambda: initial_state(program), out_shardings=shardings)()
-
-
-def initial_state(program: Program) -> TrainState:
-  """`new_state` without its placing. Pure: jit it."""
-  return init_state(
-    jax.random.key(program.train.seed),
-    program.model,
-    program.hashing,
-    optimizer=program.optimizer,
-    row_optimizer=program.row_optimizer,
-    shards=sharding.size(program.mesh),
   )
