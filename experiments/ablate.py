@@ -13,7 +13,7 @@ from absl import flags
 
 from engram_jax.config_dicts import to_dict
 from experiments import cli, number_flags
-from experiments.results import require_output, write_result
+from experiments.results import write_result
 from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
@@ -37,7 +37,6 @@ def parse(value: str) -> Any:
 def main(argv) -> None:
   del argv
   config, field = cli.frozen(_CONFIG.value), _FIELD.value
-  out = require_output(_OUT.value)
   # Every value is checked before the first run begins.
   variants = {v: changed(config, {field: parse(v)}) for v in _VALUES.value}
   with runs_of(config, len(variants) * len(_SEEDS.value)) as shown:
@@ -53,7 +52,7 @@ def main(argv) -> None:
       for value, variant in variants.items()
     }
   write_result(
-    out,
+    _OUT.value,
     {"field": field, "config": to_dict(config), "results": results},
   )
   rows = [

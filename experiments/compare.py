@@ -23,7 +23,7 @@ from engram_jax.errors import require
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
 from experiments import cli, number_flags
-from experiments.results import ROOT, require_output, write_result
+from experiments.results import ROOT, write_result
 from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
@@ -109,7 +109,6 @@ def report(result: dict) -> str:
 def main(argv) -> None:
   del argv
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
-  out = require_output(_OUT.value)
   config = cli.frozen(_CONFIG.value)
   rival = without_memory(config)
   rates, seeds = _RATES.value, _SEEDS.value
@@ -127,7 +126,7 @@ def main(argv) -> None:
     **sides,
     "difference": [m["loss"]["on"] - e["loss"]["on"] for m, e in pairs],
   }
-  write_result(out, result)
+  write_result(_OUT.value, result)
   names = {"memory": "with memory", "experts": "experts instead"}
   plot_lines(
     {
@@ -137,7 +136,7 @@ def main(argv) -> None:
       )
       for name, records in sides.items()
     },
-    out.with_suffix(".png"),
+    pathlib.Path(_OUT.value).with_suffix(".png"),
     title="A memory or more experts: equal parameters, equal text",
     xlabel="step",
     ylabel="validation loss (nats per token)",

@@ -30,7 +30,7 @@ from engram_jax.training.companions import require_own_text
 from engram_jax.training.evaluation import MEMORY_MODES, losses_by_memory
 from engram_jax.training.runs import RunFolder, TrainedModel
 from experiments import cli, stores
-from experiments.results import require_output, write_result
+from experiments.results import require_place, write_result
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
@@ -158,7 +158,7 @@ def _require_own_text(trained: TrainedModel, data: PreparedData) -> None:
 
 def main(argv) -> None:
   del argv
-  out = require_output(_OUT.value) if _OUT.value else None
+  out = require_place(_OUT.value) if _OUT.value else None
   found = evaluate(
     _WORKDIR.value,
     step=_STEP.value,

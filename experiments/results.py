@@ -62,7 +62,7 @@ def command() -> str:
   return shlex.join(["python", *name.split(), *sys.argv[1:]])
 
 
-def require_output(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
+def require_place(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
   """The path of a file that can be written, before the work is done for it.
 
   Raises:

@@ -17,6 +17,7 @@ from engram_jax.training.starting import (
   find_origin,
   record_origin,
   state_from,
+  tokenizer_of,
 )
 from engram_jax.training.state import flatten, unflatten
 
@@ -210,6 +211,16 @@ def test_started_again_before_its_first_checkpoint(tiny, trained, tmp_path):
   ):
     with pytest.raises(InputError, match=message):
       find(tmp_path, config, folder, step)
+
+
+def test_the_tokenizer_comes_with_the_weights(tiny, trained, tmp_path):
+  new = RunFolder.of(tmp_path)
+  assert tokenizer_of(new, None) is None
+  origin = find(tmp_path, experiment(tiny), trained[0])
+  assert tokenizer_of(new, origin) == trained[0].tokenizer
+  # Once it has checkpoints of its own, in its own folder.
+  record_origin(new, origin)
+  assert tokenizer_of(new, None) == new.tokenizer
 
 
 def test_its_own_checkpoints_count(tiny, trained):
