@@ -1,7 +1,10 @@
 """The boundary to the shell: bytes in arguments, and what stdout is."""
 
+import io
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from engram_jax.errors import InputError, require
 
@@ -31,11 +34,32 @@ def argument_text(name: str, value: str) -> str:
     raise InputError(name, ascii(value), "text in UTF-8") from None
 
 
+_failures: list[OSError] = []
+
+
 def prepare_stdout() -> None:
-  """Lets stdout take every character: \\u20ac where it has no euro sign."""
+  """Lets stdout take every character, and notes what it could not be given.
+
+  Where it has no euro sign it gets a backslash and the character's number.
+  """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="backslashreplace")
+  # Unbuffered, a failed write leaves no trace but its error.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    for name in ("write", "flush"):
+      setattr(sys.stdout, name, _noting(getattr(sys.stdout, name)))
+
+
+def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
+  def call(*args: Any) -> Any:
+    try:
+      return method(*args)
+    except OSError as error:
+      _failures.append(error)
+      raise
+
+  return call
 
 
 def require_stdout() -> None:
@@ -55,8 +79,12 @@ def stdout_failure() -> OSError | None:
   try:
     sys.stdout.flush()
   except OSError as error:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return error
-  return None
+    _failures.append(error)
+  if not _failures:
+    return None
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, sys.stdout.fileno())
+  os.close(nowhere)
+  failure = _failures[0]
+  _failures.clear()
+  return failure

@@ -43,6 +43,7 @@ def main(argv) -> None:
   prompts = [console.argument_text("prompt", text) for text in _PROMPT.value]
   for prompt in prompts:
     require(prompt, "prompt", repr(prompt), "some text to continue")
+  jax.devices()  # what JAX_PLATFORMS names is refused before files are blamed
   trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
   tokenizer = trained.tokenizer
   memory = None

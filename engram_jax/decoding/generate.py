@@ -142,7 +142,8 @@ def generate(
   pad = functools.partial(pad_prompts, vocab_size=vocab_size)
   _, lengths = pad(prompts)
   if slots is not None:
-    require_integer("slots", slots, low=1)
+    require_integer("slots", slots)
+    require(slots >= 1, "slots", slots, "an integer >= 1, or None")
   slots = min(slots or len(prompts), len(prompts))
 
   capacity = _rounded(int(lengths.max()) + max_new_tokens)
