@@ -11,10 +11,10 @@ from absl import flags
 
 from engram_jax.config_dicts import to_dict
 from engram_jax.presets import preset
-from experiments import cli
+from experiments import cli, progress
 from experiments.configs.preset import chosen
 from experiments.count_report import count, report
-from experiments.results import write_result
+from experiments.results import require_place, write_result
 
 _CONFIG = cli.define_config()
 _PRESET = flags.DEFINE_string("preset", "", "Instead of --config.")
@@ -24,8 +24,11 @@ _OUT = flags.DEFINE_string("out", "", "Also write the figures to this JSON.")
 def main(argv) -> None:
   del argv
   name = _PRESET.value
+  if _OUT.value:
+    require_place(_OUT.value)
   config = chosen(name, _CONFIG.value)
-  found = count(config)
+  with progress.waiting("counting", announce=False):
+    found = count(config)
   print(report(found, config.train.seq_len))
   if name:
     about = preset(name)

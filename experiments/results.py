@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from engram_jax.errors import InputError, first_line, require
 from engram_jax.files import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,10 +61,32 @@ def command() -> str:
   return shlex.join(["python", *name.split(), *sys.argv[1:]])
 
 
+def require_place(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
+  """Where a file can be written; called before the work that it is to hold.
+
+  Args:
+    path: the file; folders above it that are missing are made.
+    field: the flag's name.
+
+  Raises:
+    InputError: a folder, or a folder above it that cannot be made or written
+      to.
+  """
+  place = pathlib.Path(path).expanduser()
+  try:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    is_folder, writable = place.is_dir(), os.access(place.parent, os.W_OK)
+  except (OSError, ValueError) as error:
+    valid = f"a file in a folder that can be made ({first_line(error)})"
+    raise InputError(field, path, valid) from None
+  require(not is_folder, field, path, "a file: this is a folder")
+  require(writable, field, path, "a file in a writable folder")
+  return place
+
+
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   """Writes `result` and the environment to a JSON file, whole."""
-  path = pathlib.Path(path).expanduser()
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = require_place(path)
   whole = {"command": command(), **result, "environment": environment()}
   write_whole(path, json.dumps(whole, indent=2) + "\n")
 
