@@ -13,7 +13,7 @@ from absl import flags
 
 from engram_jax.config_dicts import to_dict
 from experiments import cli, number_flags
-from experiments.results import write_result
+from experiments.results import require_place, write_result
 from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
@@ -36,6 +36,7 @@ def parse(value: str) -> Any:
 
 def main(argv) -> None:
   del argv
+  require_place(_OUT.value)
   config, field = cli.frozen(_CONFIG.value), _FIELD.value
   # Every value is checked before the first run begins.
   variants = {v: changed(config, {field: parse(v)}) for v in _VALUES.value}

@@ -38,7 +38,7 @@ from experiments import cli, progress
 from experiments.benchmarks.harness import aligned
 from experiments.configs.preset import experiment_of
 from experiments.corpora import CORPORA, load_tokenizer, read_corpus, tokenize
-from experiments.results import ROOT, write_result
+from experiments.results import ROOT, require_place, write_result
 
 BATCHES = (1, 32, 512, 4096, 32768)
 #: Entries of a cache, each the 8 rows of one n-gram in one layer.
@@ -393,6 +393,7 @@ _OUT = flags.DEFINE_string(
 
 def main(argv) -> None:
   del argv
+  path = require_place(_OUT.value)
   names = chosen(_CORPORA.value, _FOLDER.value)
   config = experiment_of("v41_memory")
   memory = config.model.engram
@@ -425,7 +426,6 @@ def main(argv) -> None:
     "cache_bytes": [entry * size for size in sizes],
     "corpora": study(texts, hashing, sizes),
   }
-  path = pathlib.Path(_OUT.value).expanduser()
   write_result(path, result)
   draw(result, path)
   print(report(result))

@@ -23,7 +23,7 @@ from engram_jax.errors import require
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
 from experiments import cli, number_flags
-from experiments.results import ROOT, write_result
+from experiments.results import ROOT, require_place, write_result
 from experiments.sweeps import changed, runs_of, spread, train_seeds
 
 _CONFIG = cli.define_config()
@@ -108,6 +108,7 @@ def report(result: dict) -> str:
 
 def main(argv) -> None:
   del argv
+  require_place(_OUT.value)
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   config = cli.frozen(_CONFIG.value)
   rival = without_memory(config)

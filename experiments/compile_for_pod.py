@@ -50,7 +50,7 @@ from engram_jax.training.step import make_train_step
 from experiments import cli, pod_report, progress
 from experiments.benchmarks import models
 from experiments.configs.preset import chosen, experiment_of
-from experiments.results import write_result
+from experiments.results import require_place, write_result
 
 _FLAGS = cli.flag_values(__name__)
 _CONFIG = cli.define_config(_FLAGS)
@@ -133,8 +133,9 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
   valid = f"cpu:N, or one of {', '.join(known)}, e.g. v5p:4x4x8"
   require(generation in ("cpu", *HBM_GIB) and size, "topology", topology, valid)
   if generation == "cpu":
-    ok = size.isdecimal() and int(size) > 1
-    require(ok, "topology", topology, "cpu:N with N of 2 or more")
+    # More than four digits: threads and memory of a machine run out before.
+    ok = size.isdecimal() and len(size) < 5 and int(size) > 1
+    require(ok, "topology", topology, "cpu:N with N of 2 to 9999")
     jax.config.update("jax_num_cpu_devices", int(size))
     return jax.devices("cpu")
   try:
@@ -229,6 +230,10 @@ def compile_step(
     "lookup_capacity": capacity,
   }
 
+  held = progress.size(sum(leaves.values()))
+  progress.say(
+    f"{parameters['total']:,} parameters, {held} of state on each device"
+  )
   step = make_train_step(program, capacity=capacity)
   lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
   start = time.perf_counter()
@@ -423,6 +428,8 @@ def main(argv: Sequence[str]) -> None:
   valid = "one of --compare_with and --without_memory, or neither"
   both = _WITHOUT.value and _COMPARE.value
   require(not both, "compare_with", _COMPARE.value, valid)
+  if _OUT.value:
+    require_place(_OUT.value)
   devices = devices_of(_TOPOLOGY.value)
   config = chosen(name, config)
   config = with_batch(

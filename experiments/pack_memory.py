@@ -11,7 +11,6 @@ wants rows of a multiple of 32.
 """
 
 import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -30,6 +29,7 @@ from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.training.runs import TrainedModel, load_run
 from experiments import cli, progress
+from experiments.results import require_place
 
 _FLAGS = cli.flag_values(__name__)
 _WORKDIR = flags.DEFINE_string(
@@ -112,9 +112,9 @@ def pack_memory(
 
 def main(argv) -> None:
   del argv
+  output = require_place(_OUTPUT.value, "output")
   with progress.waiting("reading the checkpoint", announce=False):
     trained = load_run(_WORKDIR.value, step=_STEP.value)
-  output = pathlib.Path(_OUTPUT.value).expanduser()
   errors = pack_memory(trained, output, _FORMAT.value)
   file = RowFile(output)
   with progress.waiting("comparing checksums", announce=False):

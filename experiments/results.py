@@ -86,8 +86,7 @@ def require_place(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
 
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
   """Writes `result` and the environment to a JSON file, whole."""
-  path = pathlib.Path(path).expanduser()
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = require_place(path)
   whole = {"command": command(), **result, "environment": environment()}
   try:
     text = json.dumps(whole, indent=2, allow_nan=False)
