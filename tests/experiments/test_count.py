@@ -9,7 +9,7 @@ from engram_jax.errors import InputError
 from engram_jax.presets import preset
 from experiments.cli import as_config_dict
 from experiments.configs.preset import chosen, experiment_of
-from experiments.count import count, report
+from experiments.count_report import count, report
 
 
 def test_a_preset_is_counted_and_written(program, tmp_path):
