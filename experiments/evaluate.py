@@ -68,7 +68,7 @@ def evaluate(
   losses = losses_by_memory(
     trained.program,
     trained.model,
-    trained.tables,
+    store,
     lambda: held_out_batches(
       data,
       split,
@@ -76,7 +76,6 @@ def evaluate(
       batch_size=train.batch_size,
       most=max_batches or None,
     ),
-    store=store,
     prefetch=prefetch,
   )
   return {

@@ -1,12 +1,13 @@
 """The loss of a text, with the memory on, off, or reading the wrong rows.
 
-The rows come from the tables, in the program that computes the loss, or from a
-store, and are then fetched while the batch before is computed.
+The rows come from a store. Those of the tables are read in the program that
+computes the loss, and under a mesh exchanged there between devices. Those of
+any other store are fetched while the batch before is computed.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,70 +24,21 @@ from engram_jax.memory.prefetch import (
   require_rows,
   row_ids_on_host,
 )
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.retrieval import Tables, shuffle_row_ids
-from engram_jax.memory.stores import PackedRows, RowStore, unpack
+from engram_jax.memory.retrieval import shuffle_row_ids
+from engram_jax.memory.stores import PackedRows, RowStore, TableStore, unpack
 from engram_jax.training.losses import model_loss
 from engram_jax.training.program import Batch, Program
 
 #: How an evaluation uses the memory.
 MEMORY_MODES = ("on", "off", "shuffled")
 
-EvalStep = Callable[[Transformer, Tables, Batch], tuple[Array, Array]]
-
-
-def make_eval_step(program: Program, *, memory: str = "on") -> EvalStep:
-  """A jitted function of model, tables and batch: (sum of losses, targets).
-
-  Args:
-    program: whose hash and compression read the tables.
-    memory: "on"; "off", no Engram layer adds anything; "shuffled", every
-      position reads the rows of another one, so that they are real rows that
-      mean nothing here.
-
-  Raises:
-    InputError: an unknown memory mode.
-  """
-  valid = f"one of {', '.join(MEMORY_MODES)}"
-  require(memory in MEMORY_MODES, "memory", memory, valid)
-
-  @functools.partial(jax.jit, static_argnames="capacity")
-  def evaluate(model, tables, batch, *, capacity):
-    with sharding.use(program.mesh):
-      row_ids = {} if memory == "off" else program.row_ids(batch)
-      if row_ids and memory == "shuffled":
-        row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
-      read = program.read(tables, row_ids, capacity=capacity)
-      loss, _ = model_loss(
-        model,
-        read.rows,
-        batch,
-        chunk=program.train.loss_chunk,
-        dispatch=program.model.dropless_dispatch,
-      )
-      needed = 0 if read.plan is None else read.plan.needed
-      return loss, jnp.sum(batch["loss_mask"]), needed
-
-  def step(model: Transformer, tables: Tables, batch: Batch):
-    nonlocal room
-    batch = sharding.place_batch(batch, program.mesh)
-    room = room or program.capacity(batch)
-    while True:
-      *result, needed = evaluate(model, tables, batch, capacity=room.rows)
-      if room.rows is None or room.suffices(jax.device_get(needed)):
-        return tuple(result)
-
-  room = None
-  return step
-
 
 def losses_by_memory(
   program: Program,
   model: Transformer,
-  tables: Tables,
+  store: RowStore | None,
   batches: Callable[[], Iterable[Batch]],
   *,
-  store: RowStore | None = None,
   prefetch: bool = True,
 ) -> dict[str, float]:
   """`mean_loss` with the memory used in each of `MEMORY_MODES`.
@@ -94,41 +46,97 @@ def losses_by_memory(
   Args:
     program: what was trained; one without a memory has the mode "on" alone.
     model: the transformer.
-    tables: [R, d] per Engram layer; of no use with a store.
+    store: where the rows live; None without a memory.
     batches: gives the same batches at each call.
-    store: where the rows live instead.
-    prefetch: see `mean_loss_from_store`.
+    prefetch: see `batch_losses`.
   """
-  losses = {}
-  for memory in MEMORY_MODES if program.hashing else ("on",):
-    if store is None or memory == "off":
-      step = make_eval_step(program, memory=memory)
-      losses[memory] = mean_loss(step, model, tables, batches())
-    else:
-      losses[memory] = mean_loss_from_store(
-        program, model, store, batches(), memory=memory, prefetch=prefetch
-      )
-  return losses
+  return {
+    memory: mean_loss(
+      program, model, store, batches(), memory=memory, prefetch=prefetch
+    )
+    for memory in (MEMORY_MODES if program.hashing else ("on",))
+  }
 
 
 def mean_loss(
-  eval_step: EvalStep,
+  program: Program,
   model: Transformer,
-  tables: Tables,
+  store: RowStore | None,
   batches: Iterable[Batch],
+  *,
+  memory: str = "on",
+  prefetch: bool = True,
 ) -> float:
   """Nats per token over batches, every target counted once.
 
   Args:
-    eval_step: from `make_eval_step`.
+    program: see `batch_losses`, as for all that follow.
     model: the transformer.
-    tables: [R, d] per Engram layer.
+    store: where the rows live.
     batches: with masked padding or without.
+    memory: how it is used.
+    prefetch: whether a thread reads ahead.
 
   Raises:
-    InputError: no target in any batch.
+    InputError: no target in any batch; what `batch_losses` refuses.
   """
-  return _mean(eval_step(model, tables, batch) for batch in batches)
+  total, targets = 0.0, 0
+  for pair in batch_losses(
+    program, model, store, batches, memory=memory, prefetch=prefetch
+  ):
+    loss, count = jax.device_get(pair)
+    total, targets = total + float(loss), targets + int(count)
+  require(targets > 0, "batches", "no target", "at least one target")
+  return total / targets
+
+
+def batch_losses(
+  program: Program,
+  model: Transformer,
+  store: RowStore | None,
+  batches: Iterable[Batch],
+  *,
+  memory: str = "on",
+  prefetch: bool = True,
+) -> Iterator[tuple[Array, Array]]:
+  """The sum of losses and the number of targets of each batch.
+
+  Args:
+    program: whose hash and compression name the rows.
+    model: the transformer; nothing is donated.
+    store: where the rows live; under a mesh a `TableStore`. None without a
+      memory.
+    batches: with masked padding or without.
+    memory: "on"; "off", no Engram layer adds anything; "shuffled", every
+      position reads the rows of another one, so that they are real rows that
+      mean nothing here.
+    prefetch: read a batch's rows on a thread while the one before is computed.
+      Of no use to a `TableStore`.
+
+  Returns:
+    An iterator; bad arguments are refused at the call.
+
+  Raises:
+    InputError: an unknown use of the memory, a store that is missing, that has
+      other rows than the hash's, or that no mesh can read.
+  """
+  valid = f"one of {', '.join(MEMORY_MODES)}"
+  require(memory in MEMORY_MODES, "memory", memory, valid)
+  name = "None" if store is None else type(store).__name__
+  if program.hashing is None:
+    require(store is None, "store", name, "None without a memory")
+  elif memory != "off":
+    require(store is not None, "store", name, "the memory's rows")
+  if store is not None:
+    valid = "a TableStore on a mesh: its tables lie on all devices"
+    ok = program.mesh is None or isinstance(store, TableStore)
+    require(ok, "store", name, valid)
+    require_rows(store, program.hashing)
+  if memory == "off":
+    store = None
+  if store is None or isinstance(store, TableStore):
+    return _losses_of_tables(program, model, store, batches, memory)
+  return _losses_of_rows(program, model, store, batches, memory, prefetch)
 
 
 def batch_row_ids(program: Program, batch: Batch) -> dict[int, np.ndarray]:
@@ -137,56 +145,23 @@ def batch_row_ids(program: Program, batch: Batch) -> dict[int, np.ndarray]:
   return row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
 
 
-def make_packed_eval_step(
-  program: Program, row_format: RowFormat
-) -> Callable[[Transformer, PackedRows, Batch], tuple[Array, Array]]:
-  """As `make_eval_step`, of a batch's packed rows instead of the tables."""
-
-  @jax.jit
-  def evaluate(model, packed, batch):
-    loss, _ = model_loss(
-      model,
-      unpack(packed, row_format),
-      batch,
-      chunk=program.train.loss_chunk,
-      dispatch=program.model.dropless_dispatch,
-    )
-    return loss, jnp.sum(batch["loss_mask"])
-
-  return evaluate
+def _losses_of_tables(program, model, store, batches, memory):
+  """Of rows that the program of the loss reads; or of none."""
+  tables, room = {} if store is None else store.tables, None
+  for batch in batches:
+    batch = sharding.place_batch(batch, program.mesh)
+    room = room or program.capacity(batch)
+    while True:
+      *result, needed = _table_loss(
+        program, model, tables, batch, memory=memory, capacity=room.rows
+      )
+      if room.rows is None or room.suffices(jax.device_get(needed)):
+        break
+    yield tuple(result)
 
 
-def mean_loss_from_store(
-  program: Program,
-  model: Transformer,
-  store: RowStore,
-  batches: Iterable[Batch],
-  *,
-  memory: str = "on",
-  prefetch: bool = True,
-) -> float:
-  """As `mean_loss`, with rows of any home.
-
-  Args:
-    program: whose hash and compression read the rows; of one device.
-    model: the transformer.
-    store: the rows' home.
-    batches: with masked padding or without.
-    memory: "on" or "shuffled"; see `make_eval_step`.
-    prefetch: read a batch's rows on a thread while the one before is computed.
-
-  Raises:
-    InputError: as `mean_loss`; no such use of the memory, a store of other
-      rows than the hash's, or a program of several devices.
-  """
-  require(memory in ("on", "shuffled"), "memory", memory, "on or shuffled")
-  name = type(store).__name__
-  require(program.hashing is not None, "store", name, "None without a memory")
-  valid = "None on a mesh: its tables lie on all devices"
-  require(program.mesh is None, "store", name, valid)
-  require_rows(store, program.hashing)
-
-  evaluate = make_packed_eval_step(program, store.row_format)
+def _losses_of_rows(program, model, store, batches, memory, prefetch):
+  """Of rows that are fetched before."""
 
   def row_ids(batch: Batch):
     found = batch_row_ids(program, batch)
@@ -202,14 +177,35 @@ def mean_loss_from_store(
       )
     else:
       pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)
-    return _mean(evaluate(model, rows, batch) for batch, rows in pairs)
+    for batch, packed in pairs:
+      yield _row_loss(
+        program, model, packed, batch, row_format=store.row_format
+      )
 
 
-def _mean(losses: Iterable[tuple[Array, Array]]) -> float:
-  """The mean over targets of (sum of losses, targets)."""
-  total, targets = 0.0, 0
-  for pair in losses:
-    loss, count = jax.device_get(pair)
-    total, targets = total + float(loss), targets + int(count)
-  require(targets > 0, "batches", "no target", "at least one target")
-  return total / targets
+# Static by identity: a later evaluation of the same run compiles nothing.
+@functools.partial(jax.jit, static_argnames=("program", "memory", "capacity"))
+def _table_loss(program, model, tables, batch, *, memory, capacity):
+  with sharding.use(program.mesh):
+    row_ids = {} if memory == "off" else program.row_ids(batch)
+    if row_ids and memory == "shuffled":
+      row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
+    read = program.read(tables, row_ids, capacity=capacity)
+    needed = 0 if read.plan is None else read.plan.needed
+    return *_loss(program, model, read.rows, batch), needed
+
+
+@functools.partial(jax.jit, static_argnames=("program", "row_format"))
+def _row_loss(program, model, packed: PackedRows, batch, *, row_format):
+  return _loss(program, model, unpack(packed, row_format), batch)
+
+
+def _loss(program, model, rows, batch):
+  loss, _ = model_loss(
+    model,
+    rows,
+    batch,
+    chunk=program.train.loss_chunk,
+    dispatch=program.model.dropless_dispatch,
+  )
+  return loss, jnp.sum(batch["loss_mask"])

@@ -29,10 +29,11 @@ from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.stores import TableStore
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
 from engram_jax.training.checkpoints import Checkpoints, check_constants
-from engram_jax.training.evaluation import make_eval_step, mean_loss
+from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.program import Program
 from engram_jax.training.runs import (
@@ -323,7 +324,6 @@ class _Loop:
     self.saved, self.program = saved, program
     self.evaluation, self.constants = evaluation, constants_
     self.writer = writer
-    self.eval_step = make_eval_step(program)
     self.compile_seconds = 0.0
     self.seconds = 0.0  # of steps alone
     self.tokens = self.skipped = 0
@@ -408,9 +408,9 @@ class _Loop:
     # A checkpoint competes for the best by a loss of its own step.
     if every and (step % every == 0 or saves):
       loss = mean_loss(
-        self.eval_step,
+        self.program,
         self.program.model_of(state),
-        state.tables,
+        TableStore(state.tables) if state.tables else None,
         self.evaluation,
       )
       self.writer.write(step, {"loss": loss}, kind="eval")
