@@ -31,7 +31,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
@@ -43,14 +42,13 @@ from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig, MeshConfig
 from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
-from engram_jax.training.state import abstract_model, flatten
+from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
 from experiments import cli, pod_report
+from experiments.benchmarks import models
 from experiments.configs.preset import chosen, experiment_of
 from experiments.results import write_result
 
@@ -165,45 +163,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 # --- the step ---
 
 
-def make_program(config: ExperimentConfig, mesh: Mesh) -> Program:
+def make_program(config: ExperimentConfig, mesh: Mesh | None) -> Program:
   """The training program; its hash is over raw token ids, without tokenizer."""
-  memory, hashing, compression = config.model.engram, None, None
-  if memory is not None:
-    compression = TokenCompression.identity(config.model.vocab_size)
-    hashing = NgramHash.create(
-      vocab_size=compression.size,
-      rows_per_head=memory.rows_per_head,
-      heads=memory.heads,
-      layers=memory.layers,
-      pad_id=memory.pad_id,
-      seed=memory.seed,
-    )
-  graph, _, _ = abstract_model(config.model)
-  return Program.create(
-    config.model,
-    config.train,
-    graph,
-    hashing=hashing,
-    compression=compression,
-    mesh=mesh,
-    mesh_config=config.mesh,
+  return models.make_program(
+    config.model, config.train, mesh=mesh, mesh_config=config.mesh
   )
 
 
 def abstract_batch(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
   """Shapes, dtypes and shardings of a batch."""
-  dtypes = {
-    "inputs": jnp.int32,
-    "targets": jnp.int32,
-    "breaks": jnp.int8,
-    "loss_mask": jnp.bool_,
-  }
-  shape = (config.train.batch_size, config.train.seq_len)
-  placed = sharding.batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    for name, dtype in dtypes.items()
-  }
+  return models.abstract_batch(
+    config.train.batch_size,
+    config.train.seq_len,
+    placed=sharding.batch_sharding(mesh),
+  )
 
 
 def bytes_per_device(leaf: Any) -> int:

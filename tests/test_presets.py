@@ -110,6 +110,7 @@ def test_the_ablation_reads_100_billion_tokens():
 def test_the_tiny_config_is_the_preset():
   config, found = tiny_config.experiment(), preset("tiny")
   assert (config.model, config.train) == (found.model, found.train)
+  assert config == preset_config.experiment_of("tiny")
   assert config.data.vocab_size == 4096
   # README.md's figures are of these numbers.
   model, train = found.model, found.train

@@ -195,18 +195,6 @@ class RowFile:
     found = records[page * header.page_bytes + slot * size]
     out[...] = found.view(np.uint8).reshape(-1, size)
 
-  def release_pages(self) -> None:
-    """Gives what was read of the file back to the system.
-
-    Of use to measurements, that begin with nothing read: the rows come from the
-    disk again. Where a system cannot do that nothing happens.
-    """
-    if hasattr(mmap, "MADV_DONTNEED"):
-      self._bytes.madvise(mmap.MADV_DONTNEED)
-    if hasattr(os, "posix_fadvise"):
-      with open_to_read(self.path, "row file") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
   def verify(self) -> None:
     """Reads the whole file, a block at a time, and compares every checksum.
 

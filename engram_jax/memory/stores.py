@@ -24,7 +24,6 @@ Axes besides those of `types.py`:
 
 import math
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -437,59 +436,6 @@ class FileStore(HostReads):
 
   def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
     self.file.read(layer, ids, out)
-
-
-class SlowStore:
-  """Another host store, made slower, to measure what hides a slow one.
-
-  A read sleeps `delay_s + bytes / bytes_per_s` after the store's own work;
-  other threads run meanwhile.
-
-  Args:
-    store: a `HostStore`, a `FileStore`, or another one of `HostReads`.
-    delay_s: seconds added to each read.
-    bytes_per_s: of packed rows; None for no limit.
-
-  Raises:
-    InputError: another kind of store, a negative delay, or a rate that is not
-      above 0.
-  """
-
-  def __init__(
-    self,
-    store: RowStore,
-    *,
-    delay_s: float = 0.0,
-    bytes_per_s: float | None = None,
-  ):
-    found, valid = type(store).__name__, "a HostStore, FileStore or the like"
-    require(isinstance(store, HostReads), "store", found, valid)
-    ok = math.isfinite(delay_s) and delay_s >= 0
-    require(ok, "delay_s", delay_s, "a finite number >= 0")
-    ok = bytes_per_s is None or bytes_per_s > 0
-    require(ok, "bytes_per_s", bytes_per_s, "a number above 0, or None")
-    self.store, self.delay_s, self.bytes_per_s = store, delay_s, bytes_per_s
-    self.row_format, self.num_rows = store.row_format, store.num_rows
-
-  @property
-  def layers(self) -> tuple[int, ...]:
-    return self.store.layers
-
-  @property
-  def statistics(self) -> ReadStatistics:
-    return self.store.statistics
-
-  def read(
-    self, row_ids: RowIdsByLayer, *, buffers: Buffers | None = None
-  ) -> PackedRows:
-    """See `RowStore`."""
-    rows = self.store.read(row_ids, buffers=buffers)
-    wait = self.delay_s
-    if self.bytes_per_s is not None:
-      distinct = sum(x.max(initial=-1) + 1 for x in rows.inverse.values())
-      wait += distinct * self.row_format.bytes_per_row / self.bytes_per_s
-    time.sleep(wait)
-    return rows
 
 
 def _require_tables(tables: PackedTables, row_format: RowFormat) -> None:

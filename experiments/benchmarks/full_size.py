@@ -14,13 +14,11 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import ml_dtypes
 import numpy as np
-from absl import flags
 
 from engram_jax.errors import require
 from engram_jax.interop.deepseek_v41 import open_v41, tensor_shapes
@@ -110,14 +108,11 @@ def has_sparse_files(folder: pathlib.Path) -> bool:
     probe.unlink()
 
 
-def open_and_read(*, folder: str, rows: int, repeats: int) -> dict[str, Any]:
+def open_and_read(*, folder: str, rows: int, repeats: int) -> harness.Figures:
   """In a child: opens, reads, compares."""
   before = harness.peak_memory()
-  opening = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    checkpoint = open_v41(folder)
-    opening.append(time.perf_counter() - start)
+  opening = [harness.seconds(lambda: open_v41(folder)) for _ in range(repeats)]
+  checkpoint = open_v41(folder)
   opened = harness.peak_memory()
   store, ids = checkpoint.store, choose_ids(rows)
   start = time.perf_counter()
@@ -138,47 +133,40 @@ def open_and_read(*, folder: str, rows: int, repeats: int) -> dict[str, Any]:
   }
 
 
-def define_flags() -> None:
-  harness.define_common("full_size", repeats=9)
-  text = "Known ones of each table, besides its first and last."
-  flags.DEFINE_integer("rows", 4000, text, lower_bound=1)
-  text = "Where sparse files take no room; the system's own for none."
-  flags.DEFINE_string("folder", None, text)
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  args = flags.FLAGS
-  with tempfile.TemporaryDirectory(dir=args.folder) as name:
-    folder = pathlib.Path(name)
+def measure(*, folder: str | None, rows: int, repeats: int) -> harness.Figures:
+  """Writes the files and reads them in a child; arguments as the flags."""
+  with tempfile.TemporaryDirectory(dir=folder) as name:
+    path = pathlib.Path(name)
     valid = "one on a file system with sparse files"
-    require(has_sparse_files(folder), "folder", folder.parent, valid)
-    write_sparse(folder, choose_ids(args.rows))
-    sizes = [os.stat(path) for path in folder.iterdir()]
+    require(has_sparse_files(path), "folder", path.parent, valid)
+    write_sparse(path, choose_ids(rows))
+    sizes = [os.stat(file) for file in path.iterdir()]
     found = harness.in_child(
-      "experiments.benchmarks.full_size:open_and_read",
-      folder=name,
-      rows=args.rows,
-      repeats=args.repeats,
+      open_and_read, folder=name, rows=rows, repeats=repeats
     )
-  result = {
+  return {
     "files_gb": sum(status.st_size for status in sizes) / 1e9,
     "on_disk_mb": sum(status.st_blocks * 512 for status in sizes) / 1e6,
     **found,
   }
-  lines = [
-    f"{result['files_gb']:.1f} GB of files, {result['on_disk_mb']:.0f} MB of "
-    "them on the disk",
-    f"opened in {result['open_first_ms']:.1f} ms the first time, "
-    f"{result['open_median_ms']:.1f} ms in the median",
-    f"{result['rows_compared']} rows read in {result['read_ms']:.1f} ms, all "
-    "as written",
-    f"resident at most: {result['before_mib']:.0f} MiB before, "
-    f"{result['opened_mib']:.0f} MiB opened, {result['peak_mib']:.0f} MiB at "
-    "the end",
-  ]
-  harness.publish(result, ["\n".join(lines)])
 
+
+def tables(result: harness.Figures) -> list[str]:
+  names = "before_mib opened_mib peak_mib files_gb on_disk_mb".split()
+  columns = dict(zip(names, names))
+  times = "open_first_ms open_median_ms read_ms rows_compared".split()
+  return [
+    harness.table(columns, [result]),
+    harness.table(dict(zip(times, times)), [result]),
+  ]
+
+
+FLAGS = {
+  "rows": (4000, "Known ones of each table, besides its first and last."),
+  "folder": (None, "Where sparse files take no room; None for the system's."),
+  "repeats": (9, "Times it is opened."),
+}
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

@@ -1,4 +1,14 @@
-"""What the benchmarks share: clocks, processes, memory, tables of figures.
+"""What makes a benchmark of a function: flags, turns, children, tables, JSON.
+
+A benchmark says its cases, its columns and its flags:
+
+  BENCHMARK = harness.Benchmark(measure, tables, flags={"rows": (100, "...")})
+  if __name__ == "__main__":
+    harness.run(BENCHMARK)
+
+`measure` takes every flag as a keyword and returns what JSON can hold; `tables`
+makes text of it; `picture` draws it. The JSON file says the command, the flags,
+the seed, the machine, the versions and the commit too.
 
 Two rules make figures of a shared machine comparable:
   - contenders take turns in one process (A B A B), so that a disturbance hits
@@ -17,10 +27,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 
 from engram_jax.errors import InputError, require
@@ -31,13 +42,96 @@ MIB = 2**20
 GIB = 2**30
 #: Left to the rest of the machine by `require_memory`.
 RESERVE = 2 * GIB
+#: Of everything that is drawn.
+SEED = 0
+
+Figures = dict[str, Any]
+
+
+class Benchmark(NamedTuple):
+  """A benchmark as `run` takes it.
+
+  Attributes:
+    measure: function of the flags as keywords.
+    tables: texts to print of its result.
+    flags: default and help by name; the default decides the type.
+    when: other defaults of flags, where the flag of that name is given.
+    picture: draws a result to a path, a `.png` beside the JSON.
+    required: flags that have to be given.
+  """
+
+  measure: Callable[..., Figures]
+  tables: Callable[[Figures], Iterable[str]]
+  flags: Mapping[str, tuple[Any, str]]
+  when: Mapping[str, Mapping[str, Any]] = {}
+  picture: Callable[[Figures, pathlib.Path], None] | None = None
+  required: Sequence[str] = ()
+
+
+def run(benchmark: Benchmark) -> None:
+  """Runs a benchmark as a program."""
+  # Here, not at the top: training, data and checkpoints come with them, and a
+  # child would count them in its peak memory.
+  from experiments import cli, results
+
+  name = sys.modules["__main__"].__spec__.name.rpartition(".")[2]
+  _define(benchmark.flags)
+  flags.DEFINE_string("out", str(RESULTS / f"{name}.json"), "Where it goes.")
+  flags.mark_flags_as_required(benchmark.required)
+
+  def main(argv: Sequence[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    for flag, defaults in benchmark.when.items():
+      if given[flag].value != benchmark.flags[flag][0]:
+        for other, value in defaults.items():
+          given.set_default(other, value)
+    config = {flag: _value(given[flag].value) for flag in benchmark.flags}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    about = {"config": config, "seed": SEED, "load_average": load}
+    result = {**about, **benchmark.measure(**config)}
+    results.write_result(given.out, result)
+    if benchmark.picture:
+      benchmark.picture(result, pathlib.Path(given.out).with_suffix(".png"))
+    texts = [*benchmark.tables(result), *verdict(result.get("targets", {}))]
+    print("\n\n".join([*texts, f"written to {given.out}"]))
+
+  cli.run(main)
+
+
+def _value(value: Any) -> Any:
+  """A flag's; a list of words may be given at once and one by one."""
+  if isinstance(value, list) and any(isinstance(x, str) for x in value):
+    return [word for words in value for word in words.split(",")]
+  return value
+
+
+def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
+  from experiments import number_flags
+
+  for name, (default, text) in defaults.items():
+    match default:
+      case bool():
+        flags.DEFINE_bool(name, default, text)
+      case int():
+        flags.DEFINE_integer(name, default, text, lower_bound=0)
+      case float():
+        flags.DEFINE_float(name, default, text, lower_bound=0.0)
+      case [str(), *_]:
+        flags.DEFINE_multi_string(name, default, f"{text} Commas, or again.")
+      case list():
+        kind = float if any(isinstance(x, float) for x in default) else int
+        number_flags.define(name, default, text, kind=kind)
+      case _:
+        flags.DEFINE_string(name, default, text)
+
 
 # --- time ---
 
 
 def interleaved(
-  cases: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 2
-) -> dict[str, dict[str, float]]:
+  cases: Mapping[Any, Callable[[], Any]], *, repeats: int, warmup: int = 2
+) -> dict[Any, dict[str, float]]:
   """Times functions in turns: A B C A B C ...
 
   Args:
@@ -54,12 +148,6 @@ def interleaved(
   """
   require(repeats >= 1, "repeats", repeats, "an integer >= 1")
   require(warmup >= 1, "warmup", warmup, "an integer >= 1: it compiles")
-
-  def seconds(function):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
   first = {name: seconds(function) for name, function in cases.items()}
   for _ in range(warmup - 1):
     for function in cases.values():
@@ -69,12 +157,23 @@ def interleaved(
     for name, function in cases.items():
       taken[name].append(seconds(function))
   return {
-    name: {
-      "median_ms": 1e3 * statistics.median(times),
-      "min_ms": 1e3 * min(times),
-      "first_s": first[name],
-    }
+    name: {**spread(times), "first_s": first[name]}
     for name, times in taken.items()
+  }
+
+
+def seconds(function: Callable[[], Any]) -> float:
+  """What a call takes until its result is there."""
+  start = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - start
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+  """`median_ms` and `min_ms` of seconds."""
+  return {
+    "median_ms": 1e3 * statistics.median(times),
+    "min_ms": 1e3 * min(times),
   }
 
 
@@ -170,33 +269,49 @@ def simulated_devices(count: int) -> dict[str, str]:
 
 
 def in_child(
-  function: str, *, env: Mapping[str, str] | None = None, **arguments: Any
-) -> dict[str, Any]:
+  function: Callable[..., Figures],
+  *,
+  env: Mapping[str, str] | None = None,
+  timeout: float | None = None,
+  **arguments: Any,
+) -> Figures | None:
   """Calls a function in a process of its own.
 
   Args:
-    function: "module:name"; it returns a dict that JSON can hold.
+    function: of a module's top level; it returns a dict that JSON can hold.
     env: what its environment has besides this one's.
+    timeout: seconds after which the process is ended; None for no limit.
     **arguments: its keyword arguments, which JSON can hold too.
 
   Returns:
-    The function's dict, and `peak_mib`, the child's `peak_memory`.
+    The function's dict, and `peak_mib`, the child's `peak_memory`; None if the
+    time was not enough.
 
   Raises:
     InputError: as in the child.
     RuntimeError: the child failed otherwise; with its last words.
   """
-  module = "experiments.benchmarks.harness"
-  done = subprocess.run(
-    [sys.executable, "-m", module, function, json.dumps(arguments)],
-    cwd=ROOT,
-    env=os.environ | dict(env or {}),
-    capture_output=True,
-    text=True,
-  )
+  module = function.__module__
+  if module == "__main__":
+    module = sys.modules[module].__spec__.name
+  name = f"{module}:{function.__qualname__}"
+  # The whole may take minutes: somebody may be looking.
+  what = ", ".join(f"{k} {v}" for k, v in arguments.items())
+  print(f"{function.__qualname__}: {what} ...", file=sys.stderr, flush=True)
+  try:
+    done = subprocess.run(
+      [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
+      cwd=ROOT,
+      env=os.environ | dict(env or {}),
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+    )
+  except subprocess.TimeoutExpired:
+    return None
   if done.returncode:
     words = done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
-    raise RuntimeError(f"{function}({arguments}) failed:\n{words}")
+    raise RuntimeError(f"{name}({arguments}) failed:\n{words}")
   answer = json.loads(done.stdout.splitlines()[-1])
   if "refused" in answer:
     raise InputError(*answer["refused"])
@@ -215,6 +330,53 @@ def _child(argv: Sequence[str]) -> None:
 
 
 # --- reports ---
+
+
+def target(
+  value: float, *, at_most: float | None = None, at_least: float | None = None
+) -> Figures:
+  """A figure, its bound, and whether it is `reached`."""
+  if at_most is not None:
+    return {"value": value, "at_most": at_most, "reached": value <= at_most}
+  return {"value": value, "at_least": at_least, "reached": value >= at_least}
+
+
+def verdict(targets: Mapping[str, Figures]) -> list[str]:
+  """A text with a line for each of `target`'s figures; none without any."""
+  lines = []
+  for name, (value, bound, reached) in (
+    (name, one.values()) for name, one in targets.items()
+  ):
+    sort = "at most" if "at_most" in targets[name] else "at least"
+    end = "reached" if reached else "MISSED"
+    lines.append(f"{name}: {value:.4g}, to be {sort} {bound:.4g}: {end}")
+  return ["\n".join(lines)] if lines else []
+
+
+def table(
+  columns: Mapping[str, Any],
+  records: Iterable[Mapping[str, Any]],
+  *,
+  title: str = "",
+) -> str:
+  """A table for the terminal of a column per header and a line per record.
+
+  Args:
+    columns: by header a path of keys into a record ("decode.ratio"), or a
+      function of it.
+    records: a value that one does not have is "-".
+    title: a line above.
+  """
+
+  def value(record, column):
+    if callable(column):
+      return column(record)
+    for key in column.split("."):
+      record = record.get(key) if record else None
+    return record
+
+  rows = [[value(r, column) for column in columns.values()] for r in records]
+  return "\n".join([*([title] if title else []), aligned(list(columns), rows)])
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -239,37 +401,9 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def launch(
-  define_flags: Callable[[], None], main: Callable[[Sequence[str]], Any]
-) -> None:
-  """Runs a benchmark as a program."""
-  # Here, not at the top: training, data and checkpoints come with it, and a
-  # child would count them in its peak memory.
-  from experiments import cli
-
-  define_flags()
-  cli.run(main)
-
-
-def set_defaults(values: Mapping[str, Any]) -> None:
-  """Gives other values to the flags that were not given."""
-  for name, value in values.items():
-    flags.FLAGS.set_default(name, value)
-
-
-def define_common(name: str, *, repeats: int) -> None:
-  """The flags that every benchmark has."""
-  flags.DEFINE_integer("repeats", repeats, "Timed calls of each contender.")
-  flags.DEFINE_string("out", str(RESULTS / f"{name}.json"), "Where it goes.")
-
-
-def publish(result: dict[str, Any], tables: Sequence[str]) -> None:
-  """Prints the tables, and writes the JSON file that `--out` names."""
-  from experiments.results import write_result  # see `launch`
-
-  load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-  write_result(flags.FLAGS.out, {"load_average": load, **result})
-  print("\n\n".join([*tables, f"written to {flags.FLAGS.out}"]))
+def rng(stream: int = 0) -> np.random.Generator:
+  """NumPy's generator; every stream of numbers is another."""
+  return np.random.default_rng([SEED, stream])
 
 
 if __name__ == "__main__":

@@ -17,45 +17,40 @@ are then of what each way costs besides the way itself.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from engram_jax.errors import first_line
 from engram_jax.memory.pinned import gather_on_host
 from engram_jax.memory.prefetch import read_to_device
-from engram_jax.memory.quantization import FORMATS, RowFormat
+from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import (
   Buffers,
   DeviceStore,
   HostStore,
   PackedRows,
   PinnedStore,
-  RowStore,
   unpack,
 )
 from engram_jax.memory.table import lookup
-from experiments import number_flags
-from experiments.benchmarks import harness
-from experiments.benchmarks.lookup_runs import draw_ids
-from experiments.benchmarks.offload_runs import make_rows
+from experiments.benchmarks import fixtures, harness
 
 #: Engram layers of V4.1.
 LAYERS = (1, 14)
-_unpack = jax.jit(unpack, static_argnames="row_format")
+FLAGS = {
+  "gib": (2.0, "Of packed rows, both layers together."),
+  "row_format": ("fp8", "Of the packed rows."),
+  "width": (256, "Numbers of a row."),
+  "ids": ([192, 1536, 12288, 98304], "Of a layer: a token has 24 in V4.1."),
+  "device": (True, "Put the tables on the device too, to compare with."),
+  "repeats": (15, "Timed calls of each way."),
+}
 
 Ids = Mapping[int, np.ndarray]
 Way = Callable[[Ids], dict[int, jax.Array]]
-
-
-def draw(rows: int, count: int, turns: int) -> list[Ids]:
-  """Zipf-distributed ids of all layers, int32 [count], others at each turn."""
-  ids = draw_ids("zipf", (turns, len(LAYERS), count), rows)
-  return [dict(zip(LAYERS, each)) for each in ids]
 
 
 def ways(
@@ -69,27 +64,26 @@ def ways(
     device: whether the tables are put on the device, too.
   """
   host, buffers = HostStore(tables, row_format), Buffers()
+  numbers = jax.jit(unpack, static_argnames="row_format")
 
-  def in_program(store: RowStore, gather: Callable) -> Way:
+  def in_program(make_store: Callable, gather: Callable) -> Way:
     # Arguments: what a program closes over becomes a part of it.
     @jax.jit
     def read(tables, ids):
       packed = {layer: gather(tables[layer], x) for layer, x in ids.items()}
-      rows = PackedRows(packed, dict.fromkeys(packed))
-      return unpack(rows, row_format)
+      return unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
 
-    return functools.partial(read, store.tables)
+    return functools.partial(read, make_store(tables, row_format).tables)
 
   def sent(ids):
     packed = read_to_device(host, ids, buffers=buffers)
-    return _unpack(packed, row_format=row_format)
+    return numbers(packed, row_format=row_format)
 
   @jax.jit
   def callback(ids):
+    size = row_format.bytes_per_row
     shapes = {
-      layer: jax.ShapeDtypeStruct(
-        (*x.shape, row_format.bytes_per_row), jnp.uint8
-      )
+      layer: jax.ShapeDtypeStruct((*x.shape, size), jnp.uint8)
       for layer, x in ids.items()
     }
 
@@ -98,14 +92,11 @@ def ways(
       return {i: x[found.inverse[i]] for i, x in found.packed.items()}
 
     packed = jax.pure_callback(read, shapes, ids)
-    rows = PackedRows(packed, dict.fromkeys(packed))
-    return unpack(rows, row_format)
+    return unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
 
   makers = {
-    "device": lambda: in_program(DeviceStore(tables, row_format), lookup),
-    "pinned": lambda: in_program(
-      PinnedStore(tables, row_format), gather_on_host
-    ),
+    "device": lambda: in_program(DeviceStore, lookup),
+    "pinned": lambda: in_program(PinnedStore, gather_on_host),
     "sent": lambda: sent,
     "callback": lambda: callback,
   }
@@ -124,14 +115,18 @@ def ways(
   return found, without
 
 
-def measure(
+def _next(way: Way, turns: Iterator[Ids]) -> dict[int, jax.Array]:
+  return way(next(turns))
+
+
+def compare(
   tables: Mapping[int, np.ndarray],
   row_format: RowFormat,
   *,
-  counts: Sequence[int],
+  ids: Sequence[int],
   repeats: int,
   device: bool = True,
-) -> dict[str, Any]:
+) -> harness.Figures:
   """All ways in turns, by ids of a layer.
 
   Raises:
@@ -139,79 +134,49 @@ def measure(
   """
   found, without = ways(tables, row_format, device=device)
   rows, points = len(tables[LAYERS[0]]), []
-  for count in counts:
+  for count in ids:
     # New ids at every call, the same for all ways: none is found in a cache.
-    ids, *drawn = draw(rows, count, repeats + 3)
-    results = {name: way(ids) for name, way in found.items()}
-    first = next(iter(results))
+    drawn = fixtures.draw_ids("zipf", (repeats + 3, len(LAYERS), count), rows)
+    first, *turns = [dict(zip(LAYERS, each)) for each in drawn]
+    results = {name: way(first) for name, way in found.items()}
+    expected = next(iter(results))
     for name, result in results.items():
-      for layer, numbers in result.items():
-        if not np.array_equal(numbers, results[first][layer]):
-          raise RuntimeError(f"{name}: other numbers than {first}")
+      same = map(np.array_equal, result.values(), results[expected].values())
+      if not all(same):
+        raise RuntimeError(f"{name}: other numbers than {expected}")
     del results
-
-    def case(way, drawn=drawn):
-      turn = iter(drawn)
-      return lambda: way(next(turn))
-
-    cases = {name: case(way) for name, way in found.items()}
+    cases = {
+      name: functools.partial(_next, way, iter(turns))
+      for name, way in found.items()
+    }
     times = harness.interleaved(cases, repeats=repeats)
-    point = {"ids": count, "ms": {k: x["median_ms"] for k, x in times.items()}}
-    if "device" in found:
-      base = point["ms"]["device"]
-      point["of_device"] = {k: x / base for k, x in point["ms"].items()}
-    off = {k: x for k, x in point["ms"].items() if k != "device"}
-    point["fastest"] = min(off, key=off.get)
-    points.append(point)
+    ms = {name: x["median_ms"] for name, x in times.items()}
+    fastest = min((name for name in ms if name != "device"), key=ms.get)
+    points.append({"ids": count, "ms": ms, "fastest": fastest})
   return {"points": points, "left_out": without}
 
 
-def define_flags() -> None:
-  harness.define_common("host_reads", repeats=15)
-  flags.DEFINE_float("gib", 2.0, "Of packed rows, both layers together.")
-  flags.DEFINE_enum("row_format", "fp8", FORMATS, "Of the packed rows.")
-  flags.DEFINE_integer("width", 256, "Numbers of a row.", lower_bound=1)
-  counts = [192, 1536, 12288, 98304]
-  text = "Row ids of a layer: a token has 24 in V4.1."
-  number_flags.define("ids", counts, text)
-  text = "Put the tables on the device too, to compare with."
-  flags.DEFINE_bool("device", True, text)
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  args = flags.FLAGS
-  row_format = RowFormat(args.row_format, args.width)
-  size = int(args.gib * harness.GIB)
+def measure(
+  *, gib: float, row_format: str, width: int, device: bool, **options
+) -> harness.Figures:
+  """The tables, and `compare`; arguments as the flags."""
+  rows, size = RowFormat(row_format, width), int(gib * harness.GIB)
   # Host, pinned, and on the device, which may be the same memory.
-  harness.require_memory("gib", args.gib, (2 + args.device) * size)
-  rows = size // len(LAYERS) // row_format.bytes_per_row
-  tables = make_rows(dict.fromkeys(LAYERS, rows), row_format)
-  result = measure(
-    tables,
-    row_format,
-    counts=args.ids,
-    repeats=args.repeats,
-    device=args.device,
-  )
-  device = jax.devices()[0]
-  result = {
-    "device": device.device_kind,
-    "row_format": args.row_format,
-    "width": args.width,
-    "rows": rows,
-    "repeats": args.repeats,
-    **result,
-  }
-  names = list(result["points"][0]["ms"])
-  header = ("ids of a layer", *(f"{name}, ms" for name in names), "fastest")
-  lines = [
-    [point["ids"], *point["ms"].values(), point["fastest"]]
-    for point in result["points"]
-  ]
-  left = [f"without {k}: {why}" for k, why in result["left_out"].items()]
-  harness.publish(result, [harness.aligned(header, lines), *left])
+  harness.require_memory("gib", gib, (2 + device) * size)
+  count = size // len(LAYERS) // rows.bytes_per_row
+  made = fixtures.make_rows(dict.fromkeys(LAYERS, count), rows)
+  return {"rows": count, **compare(made, rows, device=device, **options)}
 
+
+def tables(result: harness.Figures) -> list[str]:
+  columns = {"ids of a layer": "ids"}
+  columns |= {f"{k}, ms": f"ms.{k}" for k in result["points"][0]["ms"]}
+  columns["fastest"] = "fastest"
+  left = [f"without {k}: {why}" for k, why in result["left_out"].items()]
+  return [harness.table(columns, result["points"]), *left]
+
+
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

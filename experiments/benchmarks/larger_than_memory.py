@@ -18,79 +18,50 @@ device: what a step costs without any fetch; the median of as many runs, each
 beside one of the others.
 """
 
-import contextlib
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from engram_jax.analysis.accounting import counting_hash
 from engram_jax.analysis.plots import plot_lines
+from engram_jax.config import ModelConfig
 from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import prepare
-from engram_jax.decoding.decoders import Decoder, TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import require
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hot_rows import CachedStore
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
-from engram_jax.memory.stores import FileStore
+from engram_jax.memory.row_files import RowFile
+from engram_jax.memory.stores import FileStore, TableStore
 from engram_jax.presets import preset as find_preset
-from experiments import number_flags
-from experiments.benchmarks import harness
-from experiments.benchmarks.offload_runs import (
-  POOL,
-  Subject,
-  decoder_of,
-  make_rows,
-  make_subject,
-  to_tables,
-  with_memory_of,
-  with_rows,
-)
+from experiments.benchmarks import fixtures, harness
+from experiments.benchmarks.models import random_model
 from experiments.configs.preset import experiment_of
 
 #: Rows of a head in the resident tables, which are the scale.
 FEW = 4096
-
-
-def make_file(
-  path: pathlib.Path, hashing: NgramHash, row_format: RowFormat
-) -> tuple[RowFile, float | None]:
-  """The file, made if it is not there, and the seconds that it took.
-
-  Row r of a layer holds row (r mod `POOL`) of its random ones.
-  """
-  pool = make_rows(dict.fromkeys(hashing.layers, POOL), row_format)
-  seconds = None
-  if not path.exists():
-    start = time.perf_counter()
-
-    def chunks(layer: int, rows: int) -> Iterator[np.ndarray]:
-      for first in range(0, rows, POOL):
-        yield pool[layer][: min(POOL, rows - first)]
-
-    header = Header(row_format, hashing.num_rows, hashing)
-    numbers = hashing.num_rows.items()
-    write_row_file(path, {i: chunks(i, n) for i, n in numbers}, header)
-    seconds = time.perf_counter() - start
-  file = RowFile(path, hashing=hashing)
-  rng = np.random.default_rng(1)
-  for layer, rows in hashing.num_rows.items():
-    ids = np.sort(rng.integers(0, rows, 1000))
-    out = np.empty((len(ids), row_format.bytes_per_row), np.uint8)
-    file.read(layer, ids, out)
-    same = np.array_equal(out, pool[layer][ids % POOL])
-    require(same, "file", path, "one that this program made")
-  return file, seconds
+RUNS = ("cold", "warm")
+FLAGS = {
+  "file": (None, "The row file; made if it is not there."),
+  "keep": (False, "Do not remove a file that was made."),
+  "preset": ("small", "Of engram_jax/presets.py."),
+  "gib": (40.0, "Of packed rows."),
+  "row_format": ("fp8", "Of the packed rows."),
+  "width": (256, "Numbers of a row."),
+  "batch": (8, "Sequences at a time."),
+  "prompt": (64, "Tokens read at once at the start."),
+  "before": (192, "Tokens read one by one, not timed."),
+  "tokens": (128, "Tokens read one by one, timed."),
+  "caches_mib": ([0.0, 4.0, 16.0, 64.0, 256.0], "Of hot rows; 0 for none."),
+}
 
 
 def read_text(preset: str, batch: int, length: int) -> np.ndarray:
@@ -115,9 +86,8 @@ def follow(
   """
   batch, length = text.shape
   state = decoder.init_state(batch, length)
-  start = jnp.asarray(text[:, :prompt])
   lengths = jnp.full(batch, prompt, jnp.int32)
-  logits, state = decoder.start(state, start, lengths)()
+  logits, state = decoder.start(state, jnp.asarray(text[:, :prompt]), lengths)()
   for i in range(prompt, length):
     # As if the token came of these.
     jax.block_until_ready(logits)
@@ -128,133 +98,168 @@ def follow(
   yield
 
 
-def timed(decoder: Decoder, text: np.ndarray, at_mark=None, **parts) -> float:
+def timed(
+  decoder: Decoder,
+  text: np.ndarray,
+  at_mark: Callable[[], None] = lambda: None,
+  **parts: int,
+) -> float:
   """Tokens/s of what comes after `before`; `at_mark` is called there."""
   steps = follow(decoder, text, **parts)
   next(steps)
-  if at_mark is not None:
-    at_mark()
+  at_mark()
   start = time.perf_counter()
   next(steps)
-  seconds = time.perf_counter() - start
-  count = text.shape[1] - parts["prompt"] - parts["before"]
-  return text.shape[0] * count / seconds
+  spent = time.perf_counter() - start
+  return text[:, parts["prompt"] + parts["before"] :].size / spent
 
 
-def measure(
-  subject: Subject,
-  resident: Decoder,
-  file: RowFile,
+def compare(
+  model: ModelConfig,
+  path: pathlib.Path,
   text: np.ndarray,
   *,
   caches_mib: Sequence[float],
   prompt: int,
   before: int,
-) -> dict[str, Any]:
-  """Throughput against the size of the cache; arguments as the flags."""
-  parts = dict(prompt=prompt, before=before)
+  few: int = FEW,
+) -> harness.Figures:
+  """Throughput against the size of the cache.
+
+  Args:
+    model: with a memory of the file's rows.
+    path: of the row file.
+    text: int32 [B, L].
+    caches_mib: see the flags.
+    prompt: see the flags.
+    before: see the flags.
+    few: rows of a head of the resident tables.
+  """
+  hashing, parts = counting_hash(model), dict(prompt=prompt, before=before)
+  weights = random_model(model)
+  compression = TokenCompression.identity(model.vocab_size)
+  memory = Memory(model.engram, compression, hashing)
+  fewer = fixtures.with_rows(model, few)
+  small = counting_hash(fewer)
+  row_format = RowFile(path, hashing=hashing).header.row_format
+  tables = fixtures.make_rows(small.num_rows, row_format)
+  tables = fixtures.to_tables(tables, row_format)
+  resident = Decoder(
+    weights,
+    Memory(fewer.engram, compression, small),
+    TableStore(tables),
+  )
   timed(resident, text, **parts)  # compiles
+  count = text[:, prompt + before :].size
   points, scales = [], []
+
+  def run(mib: float, *, cold: bool) -> harness.Figures:
+    store = FileStore(RowFile(path, hashing=hashing))
+    cache = mib and CachedStore(store, capacity_bytes=int(mib * harness.MIB))
+    marks = []
+
+    def counts() -> np.ndarray:
+      layers = cache.by_layer.values() if cache else ()
+      hits, misses = (
+        sum(getattr(layer, name) for layer in layers)
+        for name in ("hits", "misses")
+      )
+      return np.array([store.statistics.rows_read, hits, misses])
+
+    def at_mark():
+      if cold:
+        fixtures.forget_pages(store)
+      marks.append(counts())
+
+    with Decoder(weights, memory, cache or store) as decoder:
+      speed = timed(decoder, text, at_mark, **parts)
+    read, hits, misses = (counts() - marks[0]).tolist()
+    found = {"tokens_per_s": speed, "rows_read_per_token": read / count}
+    if cache:
+      found["hit_rate"] = hits / max(1, hits + misses)
+    return found
+
   for mib in caches_mib:
+    run(mib, cold=False)  # compiles all programs of this size
     point = {"cache_mib": mib}
-    # The first compiles all programs of this size.
-    for name in ("unmeasured", "cold", "warm"):
-      store = FileStore(file)
-      cache = None
-      if mib:
-        size = int(mib * harness.MIB)
-        cache = CachedStore(store, capacity_bytes=size)
-      marks = []
-
-      def at_mark(name=name, store=store, cache=cache, marks=marks):
-        if name == "cold":
-          file.release_pages()
-        marks.append((store.statistics, cache and cache.by_layer))
-
-      with decoder_of(subject, cache or store, prefetch=True) as decoder:
-        speed = timed(decoder, text, at_mark, **parts)
-      if name == "unmeasured":
-        continue
+    for name in RUNS:
+      point[name] = run(mib, cold=name == "cold")
       scales.append(timed(resident, text, **parts))
-      (first, layers), last = marks[0], store.statistics
-      tokens = text.shape[0] * (text.shape[1] - prompt - before)
-      point[name] = {
-        "tokens_per_s": speed,
-        "rows_read_per_token": (last.rows_read - first.rows_read) / tokens,
-      }
-      if cache is not None:
-        hits, misses = (
-          sum(getattr(cache.by_layer[i], field) for i in layers)
-          - sum(getattr(x, field) for x in layers.values())
-          for field in ("hits", "misses")
-        )
-        point[name]["hit_rate"] = hits / max(1, hits + misses)
-        point["capacity_rows"] = sum(cache.capacity.values())
     points.append(point)
   scale = statistics.median(scales)
   for point in points:
-    for name in ("cold", "warm"):
+    for name in RUNS:
       point[name]["of_resident"] = point[name]["tokens_per_s"] / scale
   return {"resident_tokens_per_s": sorted(scales), "caches": points}
 
 
-# --- the program ---
+def measure(
+  *,
+  file: str,
+  keep: bool,
+  preset: str,
+  gib: float,
+  row_format: str,
+  width: int,
+  batch: int,
+  tokens: int,
+  **parts,
+) -> harness.Figures:
+  """The file, the text, and `compare`; arguments as the flags."""
+  require(parts["caches_mib"], "caches_mib", "none", "one or more sizes")
+  require(tokens >= 1, "tokens", tokens, "an integer >= 1")
+  model = find_preset(preset).model
+  require(model.engram, "preset", preset, "a model with a memory")
+  rows, path = RowFormat(row_format, width), pathlib.Path(file)
+  model = fixtures.with_memory_of(model, gib, rows)
+  text = read_text(preset, batch, parts["prompt"] + parts["before"] + tokens)
+  own, start = not path.exists(), time.perf_counter()
+  opened = fixtures.make_row_file(path, counting_hash(model), rows)
+  size, spent = opened.header.file_bytes, time.perf_counter() - start
+  del opened  # who maps it keeps its pages
+  try:
+    result = compare(model, path, text, **parts)
+  finally:
+    if own and not keep:
+      path.unlink()
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return {
+    "file_gib": size / harness.GIB,
+    "machine_gib": memory / harness.GIB,
+    "write_s": spent if own else None,
+    "peak_gib": harness.peak_memory() / harness.GIB,
+    **harness.resident_memory(),
+    **result,
+  }
 
 
-def define_flags() -> None:
-  out = str(harness.RESULTS / "larger_than_memory.json")
-  flags.DEFINE_string("out", out, "Where it goes.")
-  flags.DEFINE_string("file", None, "The row file; made if it is not there.")
-  flags.DEFINE_bool("keep", False, "Do not remove the file at the end.")
-  flags.DEFINE_string("preset", "small", "Of engram_jax/presets.py.")
-  flags.DEFINE_float("gib", 40.0, "Of packed rows.")
-  flags.DEFINE_string("row_format", "fp8", "Of the packed rows.")
-  flags.DEFINE_integer("width", 256, "Numbers of a row.")
-  flags.DEFINE_integer("batch", 8, "Sequences at a time.")
-  flags.DEFINE_integer("prompt", 64, "Tokens read at once at the start.")
-  flags.DEFINE_integer("before", 192, "Tokens read one by one, not timed.")
-  flags.DEFINE_integer("tokens", 128, "Tokens read one by one, timed.")
-  caches = [0, 4, 16, 64, 256]
-  text = "Of hot rows; 0 for none."
-  number_flags.define("caches_mib", caches, text, kind=float)
-  flags.mark_flag_as_required("file")
-
-
-def table_of(result: Mapping[str, Any]) -> str:
-  """The figures for the terminal."""
-  header = (
-    "cache, MiB",
-    "hit rate",
-    "rows read/token",
-    "cold tokens/s",
-    "of resident",
-    "warm tokens/s",
-    "of resident",
+def tables(result: harness.Figures) -> list[str]:
+  speed = statistics.median(result["resident_tokens_per_s"])
+  about = (
+    f"a file of {result['file_gib']:.1f} GiB, a machine of "
+    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
+    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
+    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
   )
-  rows = [
-    [
-      point["cache_mib"],
-      point["warm"].get("hit_rate"),
-      point["warm"]["rows_read_per_token"],
-    ]
-    + [
-      point[name][key]
-      for name in ("cold", "warm")
-      for key in ("tokens_per_s", "of_resident")
-    ]
-    for point in result["caches"]
-  ]
-  return harness.aligned(header, rows)
+  columns = {
+    "cache, MiB": "cache_mib",
+    "hit rate": "warm.hit_rate",
+    "rows read/token": "warm.rows_read_per_token",
+  }
+  for name in RUNS:
+    columns[f"{name} tokens/s"] = f"{name}.tokens_per_s"
+    columns[f"{name} of resident"] = f"{name}.of_resident"
+  return [about, harness.table(columns, result["caches"])]
 
 
-def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
+def picture(result: harness.Figures, path: pathlib.Path) -> None:
   """Throughput against the cache's size."""
   points = [point for point in result["caches"] if point["cache_mib"]]
   sizes = [point["cache_mib"] for point in points]
   plot_lines(
     {
       name: (sizes, [100 * point[name]["of_resident"] for point in points])
-      for name in ("cold", "warm")
+      for name in RUNS
     },
     path,
     title=f"Rows in a file of {result['file_gib']:.1f} GiB",
@@ -264,62 +269,9 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
   )
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  args = flags.FLAGS
-  require(args.caches_mib, "caches_mib", "none", "one or more sizes")
-  require(args.tokens >= 1, "tokens", args.tokens, "an integer >= 1")
-  own = find_preset(args.preset).model
-  require(own.engram, "preset", args.preset, "a model with a memory")
-  row_format = RowFormat(args.row_format, args.width)
-  model = with_memory_of(own, args.gib, row_format)
-  length = args.prompt + args.before + args.tokens
-  text = read_text(args.preset, args.batch, length)
-  file, seconds = make_file(
-    pathlib.Path(args.file), counting_hash(model), row_format
-  )
-  fields = dict(prompts=1, shortest=1, longest=1, batch=1, new_tokens=2)
-  subject = make_subject(model, **fields)
-  hashing = counting_hash(with_rows(model, FEW))
-  tables = to_tables(make_rows(hashing.num_rows, row_format), row_format)
-  resident = TableDecoder(subject.model, tables, hashing, subject.compression)
-  size = file.header.file_bytes
-  with contextlib.ExitStack() as stack:
-    if seconds is not None and not args.keep:
-      stack.callback(os.remove, args.file)
-    result = measure(
-      subject,
-      resident,
-      file,
-      text,
-      caches_mib=args.caches_mib,
-      prompt=args.prompt,
-      before=args.before,
-    )
-  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  result = {
-    "preset": args.preset,
-    "row_format": args.row_format,
-    "width": args.width,
-    "batch": args.batch,
-    "tokens": args.tokens,
-    "file_gib": size / harness.GIB,
-    "machine_gib": memory / harness.GIB,
-    "write_s": seconds,
-    "peak_gib": harness.peak_memory() / harness.GIB,
-    **harness.resident_memory(),
-    **result,
-  }
-  speed = statistics.median(result["resident_tokens_per_s"])
-  about = (
-    f"a file of {result['file_gib']:.1f} GiB, a machine of "
-    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
-    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
-    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
-  )
-  harness.publish(result, [about, table_of(result)])
-  plot(result, pathlib.Path(args.out).with_suffix(".png"))
-
+BENCHMARK = harness.Benchmark(
+  measure, tables, FLAGS, picture=picture, required=("file",)
+)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

@@ -21,12 +21,9 @@ the packed rows stand for, so that all must draw the same tokens: the program
 ends with an error if not.
 
 Then a host store made slower (`SlowStore`), with and without prefetch: up to
-which latency the prefetch hides it. `fetch_ms` is one fetch alone, `below_ms`
-the blocks below the first Engram layer alone: in decoding no more than that can
-be hidden, for the token to come decides what is read (with --layers the memory
-is elsewhere). `hidden` is
-
-  1 - (time of a step - time of a resident step) / fetch_ms
+which latency the prefetch hides it. In decoding no more than the blocks below
+the first Engram layer can be hidden behind, for the token to come decides what
+is read (with --layers the memory is elsewhere).
 
 With --gib the memory is as large as that; with --packed the resident one is
 packed too. On a machine without an accelerator the thread and the model share
@@ -34,45 +31,71 @@ the cores.
 """
 
 import contextlib
+import dataclasses
 import pathlib
+import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
+from engram_jax.analysis.accounting import counting_hash
 from engram_jax.analysis.plots import plot_lines
-from engram_jax.errors import InputError
+from engram_jax.config import ModelConfig
+from engram_jax.decoding.decoders import (
+  Decoded,
+  Decoder,
+)
+from engram_jax.decoding.generate import pad_prompts
+from engram_jax.decoding.weights import DecodingModel
+from engram_jax.errors import InputError, require
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import (
+  DeviceStore,
   FileStore,
   HostStore,
   PinnedStore,
-  SlowStore,
+  RowStore,
+  TableStore,
 )
-from experiments import number_flags
+from engram_jax.presets import preset as find_preset
 from experiments.benchmarks import harness
-from experiments.benchmarks.offload_runs import (
-  Subject,
-  bytes_per_token,
-  decoder_of,
-  in_turns,
+from experiments.benchmarks.fixtures import (
+  SlowStore,
+  make_row_file,
   make_rows,
-  pieces,
-  resident_decoder,
-  subject_of,
-  write_rows,
+  to_tables,
+  with_memory_of,
 )
+from experiments.benchmarks.models import random_model
 
-RUNS = "experiments.benchmarks.offload_runs"
 #: What the name of a case ends with whose rows a thread reads.
 PREFETCH = ", prefetch"
-#: Flags that say what is asked.
-PROMPTS = ("prompts", "shortest", "longest", "batch", "new_tokens")
+PHASES = ("prefill", "decode")
 #: Share of the resident throughput that is to be reached with prefetch.
 TARGETS = {"host": 0.97, "file": 0.95}
-#: What the flags are with --quick, where they are not given.
+FLAGS = {
+  "preset": ("small", "Of engram_jax/presets.py."),
+  "layers": ([], "Where the memory is instead of the preset's layers."),
+  "row_format": ("fp8", "Of the packed rows."),
+  "gib": (0.0, "Of packed rows; 0 for as many rows as the preset has."),
+  "packed": (False, "Resident rows are packed ones, not float32 tables."),
+  "prompts": (32, "Number of prompts; a multiple of --batch."),
+  "shortest": (13, "Tokens of a prompt; lengths are uniform."),
+  "longest": (128, "Tokens of a prompt, at most."),
+  "batch": (8, "Prompts at a time."),
+  "new_tokens": (32, "After the last batch of prompts."),
+  "repeats": (5, "Timed turns."),
+  "delays_ms": ([2.0, 5.0, 10.0, 20.0, 50.0], "Of the store made slower."),
+  "quick": (False, "Small and short: does it work?"),
+}
 QUICK = {
   "preset": "tiny",
   "row_format": "int8",
@@ -82,198 +105,291 @@ QUICK = {
   "batch": 2,
   "new_tokens": 4,
   "repeats": 1,
-  "delays_ms": [0, 20],
+  "delays_ms": [0.0, 20.0],
 }
 
 
-# --- the figures ---
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """A model with random weights, and what it is asked.
+
+  Attributes:
+    model: as decoding takes it.
+    hashing: of raw token ids.
+    compression: the identity.
+    batches: prompts, padded: int32 [B, L] and [B].
+    new_tokens: decoded after the last batch.
+  """
+
+  model: DecodingModel
+  hashing: NgramHash
+  compression: TokenCompression
+  batches: list[tuple[jax.Array, jax.Array]]
+  new_tokens: int
+
+  @property
+  def memory(self) -> Memory:
+    engram = self.model.config.engram
+    return Memory(engram, self.compression, self.hashing)
+
+  @property
+  def capacity(self) -> int:
+    longest = max(tokens.shape[1] for tokens, _ in self.batches)
+    return longest + self.new_tokens
+
+  @property
+  def prompt_tokens(self) -> int:
+    return sum(int(lengths.sum()) for _, lengths in self.batches)
 
 
-def hidden(
-  case: Mapping[str, float],
-  resident: Mapping[str, float],
-  phase: str,
-  fetch_ms: float,
-) -> float:
-  """Share of a fetch that did not make a step longer; may leave 0..1."""
-  more = case[f"{phase}_ms"] - resident[f"{phase}_ms"]
-  return 1 - more / fetch_ms
+def make_subject(
+  config: ModelConfig,
+  *,
+  prompts: int,
+  shortest: int,
+  longest: int,
+  batch: int,
+  new_tokens: int,
+) -> Subject:
+  """A model drawn at random, and prompts of Zipf-distributed tokens.
+
+  Args:
+    config: with a memory; the others as the flags.
+  """
+  ok = prompts % batch == 0
+  require(ok, "prompts", prompts, f"a multiple of the batch, {batch}")
+  ok = new_tokens >= 2
+  require(ok, "new_tokens", new_tokens, "2 or more: the first is not timed")
+  ok = 1 <= shortest <= longest
+  require(ok, "shortest", shortest, f"1 to {longest}, the longest")
+  rng, size = harness.rng(1), config.vocab_size
+  chances = 1 / np.arange(1, size + 1)
+  chances /= chances.sum()
+  lengths = rng.integers(shortest, longest, prompts, endpoint=True)
+  texts = [rng.choice(size, n, p=chances).tolist() for n in lengths]
+  return Subject(
+    random_model(config),
+    counting_hash(config),
+    TokenCompression.identity(size),
+    [
+      pad_prompts(texts[i : i + batch], vocab_size=size)
+      for i in range(0, prompts, batch)
+    ],
+    new_tokens,
+  )
 
 
-def measure(
+# --- runs ---
+
+
+@jax.jit
+def _likeliest(logits: jax.Array) -> jax.Array:
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def prefill(subject: Subject, decoder: Decoder) -> Decoded:
+  """Reads all prompts, batch after batch; what the last one leaves."""
+  ends = []
+  for tokens, lengths in subject.batches:
+    state = decoder.init_state(len(lengths), subject.capacity)
+    ends.append(decoder.start(state, tokens, lengths))
+    # One ahead: its rows are fetched while this one is computed.
+    if len(ends) > 1:
+      jax.block_until_ready(ends.pop(0)())
+  return jax.block_until_ready(ends.pop()())
+
+
+def decode(decoder: Decoder, decoded: Decoded) -> tuple[Decoded, jax.Array]:
+  """One more token for each sequence, the likeliest; and which these are."""
+  logits, state = decoded
+  new = _likeliest(logits)
+  return jax.block_until_ready(decoder.start(state, new)()), new
+
+
+def in_turns(
+  subject: Subject, decoders: Mapping[str, Decoder], *, repeats: int
+) -> dict[str, dict[str, float]]:
+  """Runs decoders in turns: all prompts, then token by token.
+
+  A turn of the first kind is all prompts; of the second, one token, so that
+  what disturbs the machine for a while hits all decoders. One round of both is
+  not measured.
+
+  Returns:
+    Per decoder, of the medians: `prefill`, `decode`, tokens/s; and these over
+    the first decoder's, `prefill_ratio`, `decode_ratio`.
+
+  Raises:
+    RuntimeError: they do not draw the same tokens.
+  """
+  first = next(iter(decoders))
+  taken = {(name, phase): [] for name in decoders for phase in PHASES}
+  for turn in range(repeats + 1):
+    states, tokens = {}, {}
+    for name, decoder in decoders.items():
+      start = time.perf_counter()
+      states[name] = prefill(subject, decoder)
+      taken[name, "prefill"] += [time.perf_counter() - start] * bool(turn)
+    for step in range(subject.new_tokens):
+      for name, decoder in decoders.items():
+        start = time.perf_counter()
+        states[name], tokens[name] = decode(decoder, states[name])
+        spent = time.perf_counter() - start
+        taken[name, "decode"] += [spent] * bool(turn and step)
+      for name, new in tokens.items():
+        if not np.array_equal(new, tokens[first]):
+          raise RuntimeError(f"{name}: other tokens than {first}")
+    print(f"turn {turn} of {repeats} is done", file=sys.stderr, flush=True)
+  counts = subject.prompt_tokens, len(subject.batches[-1][1])
+  found = {}
+  for name in decoders:
+    case = found[name] = {}
+    for phase, count in zip(PHASES, counts):
+      case[phase] = count / statistics.median(taken[name, phase])
+      case[f"{phase}_ratio"] = case[phase] / found[first][phase]
+  return found
+
+
+def resident_decoder(
   subject: Subject,
-  packed: Mapping[int, np.ndarray],
+  rows: Mapping[int, np.ndarray],
+  row_format: RowFormat,
+  *,
+  packed: bool,
+) -> Decoder:
+  """Rows in the device's memory: as the packed ones, or as float32 tables."""
+  if packed:
+    store = DeviceStore(rows, row_format)
+  else:
+    store = TableStore(to_tables(rows, row_format))
+  return Decoder(subject.model, subject.memory, store)
+
+
+def compare(
+  subject: Subject,
   row_format: RowFormat,
   folder: pathlib.Path,
   *,
   repeats: int,
   delays_ms: Sequence[float],
-  as_packed: bool = False,
-) -> dict[str, Any]:
-  """All homes in turns, and the curve over a store's latency."""
-  resident = resident_decoder(subject, packed, row_format, as_packed=as_packed)
-  host = HostStore(packed, row_format)
-  stores, left_out = {"host": host}, {}
+  packed: bool = False,
+) -> harness.Figures:
+  """All homes in turns, and the curve over a store's latency.
+
+  Returns:
+    `cases` by name, from `in_turns`; `left_out`, homes that the platform does
+    not have, and why; `latency`, a point per delay: the ratio of each phase
+    `without` and `with` prefetch; `targets`.
+  """
+  rows = make_rows(subject.hashing.num_rows, row_format)
+  host = HostStore(rows, row_format)
+  stores: dict[str, RowStore] = {"host": host}
+  left_out = {}
   try:
-    stores["pinned"] = PinnedStore(packed, row_format)
+    stores["pinned"] = PinnedStore(rows, row_format)
   except InputError as error:
     left_out["pinned"] = str(error)
-  file = write_rows(folder / "rows", packed, subject.hashing, row_format)
+  file = make_row_file(folder / "rows", subject.hashing, row_format)
   stores["file"] = FileStore(file)
-  alone = pieces(subject, stores, repeats=repeats)
-  with contextlib.ExitStack() as stack:
-
-    def of(store, prefetch):
-      return stack.enter_context(decoder_of(subject, store, prefetch=prefetch))
-
-    # Case: the store, the home whose fetch it is, what is added to that.
-    cases = {name: (store, name, 0.0) for name, store in stores.items()}
-    for delay in delays_ms:
-      slow = SlowStore(host, delay_s=delay / 1e3)
-      cases[f"{delay:g} ms"] = slow, "host", delay
-    decoders = {"resident": resident}
-    for name, (store, _, _) in cases.items():
-      decoders[name] = of(store, False)
-      decoders[name + PREFETCH] = of(store, True)
-    found = in_turns(subject, decoders, repeats=repeats)
-  for phase in ("prefill", "decode"):
-    base = found["resident"]
-    for case in found.values():
-      case[f"{phase}_ratio"] = case[phase] / base[phase]
-    for name, (_, home, delay) in cases.items():
-      case = found[name + PREFETCH]
-      fetch = alone[phase]["fetch_ms"][home] + delay
-      case[f"{phase}_hidden"] = hidden(case, base, phase, fetch)
-  curve = []
-  for delay in delays_ms:
-    name = f"{delay:g} ms"
-    without, with_ = found.pop(name), found.pop(name + PREFETCH)
-    point = {"delay_ms": delay}
-    for phase in ("prefill", "decode"):
-      point[phase] = {
+  slow = {
+    f"{delay:g} ms": SlowStore(host, delay_s=delay / 1e3) for delay in delays_ms
+  }
+  decoders = {
+    "resident": resident_decoder(subject, rows, row_format, packed=packed)
+  }
+  with contextlib.ExitStack() as threads:
+    for name, store in (stores | slow).items():
+      for label, prefetch in ((name, False), (name + PREFETCH, True)):
+        decoders[label] = threads.enter_context(
+          Decoder(subject.model, subject.memory, store, prefetch=prefetch)
+        )
+    cases = in_turns(subject, decoders, repeats=repeats)
+  latency = []
+  for delay, name in zip(delays_ms, slow):
+    without, ahead = cases.pop(name), cases.pop(name + PREFETCH)
+    ratios = {
+      phase: {
         "without": without[f"{phase}_ratio"],
-        "with": with_[f"{phase}_ratio"],
-        "hidden": with_[f"{phase}_hidden"],
+        "with": ahead[f"{phase}_ratio"],
       }
-    curve.append(point)
-  verdict = {
-    f"{name}, {phase}": {
-      "ratio": found[name + PREFETCH][f"{phase}_ratio"],
-      "at_least": target,
-      "reached": found[name + PREFETCH][f"{phase}_ratio"] >= target,
+      for phase in PHASES
     }
-    for name, target in TARGETS.items()
-    for phase in ("prefill", "decode")
+    latency.append({"delay_ms": delay, **ratios})
+  targets = {
+    f"{name}, {phase}": harness.target(
+      cases[name + PREFETCH][f"{phase}_ratio"], at_least=least
+    )
+    for name, least in TARGETS.items()
+    for phase in PHASES
   }
   return {
-    "cases": found,
+    "cases": cases,
     "left_out": left_out,
-    "alone": alone,
-    "per_token": bytes_per_token(subject, host),
-    "latency": curve,
-    "targets": verdict,
+    "latency": latency,
+    "targets": targets,
   }
 
 
-# --- the program ---
+# --- the benchmark ---
 
 
-def define_flags() -> None:
-  harness.define_common("offload", repeats=5)
-  flags.DEFINE_string("preset", "small", "Of engram_jax/presets.py.")
-  text = "Where the memory is instead of the preset's layers."
-  number_flags.define("layers", [], text)
-  flags.DEFINE_string("row_format", "fp8", "Of the packed rows.")
-  text = "Of packed rows; 0 for as many rows as the preset has."
-  flags.DEFINE_float("gib", 0.0, text, lower_bound=0.0)
-  text = "Resident rows are packed ones, not float32 tables."
-  flags.DEFINE_bool("packed", False, text)
-  flags.DEFINE_integer("prompts", 32, "How many; a multiple of --batch.")
-  flags.DEFINE_integer("shortest", 13, "Tokens; lengths are uniform.")
-  flags.DEFINE_integer("longest", 128, "Tokens.")
-  flags.DEFINE_integer("batch", 8, "Prompts at a time.")
-  flags.DEFINE_integer("new_tokens", 32, "After the last batch of prompts.")
-  delays = [2, 5, 10, 20, 50]
-  text = "Of the store made slower."
-  number_flags.define("delays_ms", delays, text, kind=float)
-  flags.DEFINE_bool("quick", False, "Small and short: does it work?")
+def measure(
+  *,
+  preset: str,
+  layers: Sequence[int],
+  row_format: str,
+  gib: float,
+  packed: bool,
+  repeats: int,
+  delays_ms: Sequence[float],
+  quick: bool,
+  **prompts: int,
+) -> harness.Figures:
+  """The preset's model, its memory where the flags say; `compare`."""
+  del quick  # the flags' defaults are others
+  config = find_preset(preset).model
+  require(config.engram, "preset", preset, "a model with a memory")
+  if layers:
+    memory = dataclasses.replace(config.engram, layers=tuple(layers))
+    config = dataclasses.replace(config, engram=memory)
+  rows = RowFormat(row_format, config.engram.head_dim)
+  if gib:
+    config = with_memory_of(config, gib, rows)
+  subject = make_subject(config, **prompts)
+  options = dict(repeats=repeats, delays_ms=delays_ms, packed=packed)
+  with tempfile.TemporaryDirectory() as folder:
+    return compare(subject, rows, pathlib.Path(folder), **options)
 
 
-def tables_of(result: Mapping[str, Any]) -> list[str]:
-  """The figures for the terminal."""
-  header = (
-    "rows in",
-    "prefill tokens/s",
-    "of resident",
-    "hidden",
-    "decode tokens/s",
-    "of resident",
-    "hidden",
-    "resident set, MiB",
-    "of files",
-  )
-  rows = []
-  for name, case in result["cases"].items():
-    memory = result["memory"].get(name.split(",")[0], {})
-    if name in TARGETS:  # measured with prefetch
-      memory = {}
-    row = [name]
-    for phase in ("prefill", "decode"):
-      row += [case[phase], case[f"{phase}_ratio"], case.get(f"{phase}_hidden")]
-    row += [memory.get("anonymous_mib"), memory.get("mapped_mib")]
-    rows.append(row)
-  header_curve = (
-    "latency, ms",
-    "prefill without",
-    "with prefetch",
-    "hidden",
-    "decode without",
-    "with prefetch",
-    "hidden",
-  )
-  curve = [
-    [point["delay_ms"]]
-    + [
-      point[phase][key]
-      for phase in ("prefill", "decode")
-      for key in ("without", "with", "hidden")
-    ]
-    for point in result["latency"]
-  ]
-  lines = []
-  for phase, figures in result["alone"].items():
-    fetches = ", ".join(
-      f"{name} {ms:.3g}" for name, ms in figures["fetch_ms"].items()
-    )
-    each = result["per_token"][phase]
-    lines.append(
-      f"{phase}: a fetch alone takes {fetches} ms, the blocks below the memory "
-      f"{figures['below_ms']:.3g} ms; {each['rows_asked']:.0f} rows asked, "
-      f"{each['rows_read']:.1f} read, {each['bytes_read']:.0f} bytes per token"
-    )
+def tables(result: harness.Figures) -> list[str]:
+  cases = [{"name": name, **case} for name, case in result["cases"].items()]
+  columns, curve = {"rows in": "name"}, {"latency, ms": "delay_ms"}
+  for phase in PHASES:
+    columns[f"{phase} tokens/s"] = phase
+    columns[f"{phase} of resident"] = f"{phase}_ratio"
+    curve[f"{phase} without"] = f"{phase}.without"
+    curve[f"{phase} with prefetch"] = f"{phase}.with"
+  title = "a slower store, of resident"
   return [
-    harness.aligned(header, rows),
-    "\n".join(lines),
-    "a slower store, of resident\n" + harness.aligned(header_curve, curve),
-    "\n".join(
-      f"{name}: {x['ratio']:.3f} of resident, aim {x['at_least']}: "
-      + ("reached" if x["reached"] else "missed")
-      for name, x in result["targets"].items()
-    ),
+    harness.table(columns, cases),
+    harness.table(curve, result["latency"], title=title),
+    *(f"without {home}: {why}" for home, why in result["left_out"].items()),
   ]
 
 
-def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
+def picture(result: harness.Figures, path: pathlib.Path) -> None:
   """Throughput against the store's latency."""
   points = result["latency"]
   delays = [point["delay_ms"] for point in points]
-  lines = {
-    f"{phase}, {text}": (delays, [100 * point[phase][key] for point in points])
-    for phase in ("prefill", "decode")
-    for key, text in (("with", "prefetch"), ("without", "no prefetch"))
-  }
   plot_lines(
-    lines,
+    {
+      f"{phase}, {text}": (
+        delays,
+        [100 * point[phase][key] for point in points],
+      )
+      for phase in PHASES
+      for key, text in (("with", "prefetch"), ("without", "no prefetch"))
+    },
     path,
     title="Rows from a slow store",
     xlabel="latency of the store (ms)",
@@ -281,34 +397,9 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
   )
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  args = flags.FLAGS
-  if args.quick:
-    harness.set_defaults(QUICK)
-  names = ("preset", "layers", "row_format", "gib", *PROMPTS)
-  fields = {name: getattr(args, name) for name in names}
-  child = dict(as_packed=args.packed, **fields)
-  memory = {
-    home: harness.in_child(f"{RUNS}:resident_set", home=home, **child)
-    for home in ("resident", "host", "file")
-  }
-  subject, row_format = subject_of(**fields)
-  packed = make_rows(subject.hashing.num_rows, row_format)
-  with tempfile.TemporaryDirectory() as folder:
-    result = measure(
-      subject,
-      packed,
-      row_format,
-      pathlib.Path(folder),
-      repeats=args.repeats,
-      delays_ms=args.delays_ms,
-      as_packed=args.packed,
-    )
-  result = {**child, "repeats": args.repeats, "memory": memory, **result}
-  harness.publish(result, tables_of(result))
-  plot(result, pathlib.Path(args.out).with_suffix(".png"))
-
+BENCHMARK = harness.Benchmark(
+  measure, tables, FLAGS, when={"quick": QUICK}, picture=picture
+)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

@@ -23,6 +23,7 @@ fit is told beside it. Weights are as decoders have them
 
 import functools
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,32 +32,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
 from engram_jax.analysis import compiled as analysis
+from engram_jax.config import ModelConfig
 from engram_jax.decoding.decoders import Decoded
-from engram_jax.decoding.state import (
-  DecodeState,
-  begin,
-  check_state,
-  finish,
-  init_state,
-)
+from engram_jax.decoding.forward import lower_blocks, upper_blocks
+from engram_jax.decoding.state import DecodeState, init_state
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.pinned import gather_on_host, pinned_format
-from engram_jax.memory.quantization import FORMATS, RowFormat
+from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import PackedRows, unpack
 from engram_jax.memory.table import lookup
-from engram_jax.run_config import ExperimentConfig
+from engram_jax.presets import Preset
+from engram_jax.presets import preset as find_preset
 from engram_jax.training.state import abstract_model
-from experiments.benchmarks import harness
-from experiments.compile_for_pod import HBM_GIB, devices_of, make_program
-from experiments.configs.preset import experiment_of
+from experiments.benchmarks import harness, models
+from experiments.compile_for_pod import HBM_GIB, devices_of
 
 #: How each home's rows are read in a program.
 GATHERS = {"device": lookup, "pinned": gather_on_host}
@@ -73,7 +70,7 @@ def make_step(
   *,
   home: str,
 ) -> Step:
-  """A jitted `prefill` of packed tables in a home of `GATHERS`.
+  """A jitted step of decoding with packed tables in a home of `GATHERS`.
 
   Its arguments are model, tables (uint8 [R, n] per layer), state, token ids
   [B, L] and lengths [B]; the state is donated.
@@ -82,13 +79,12 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnames="state")
   def step(model, tables, state, token_ids, lengths):
-    check_state(hashing, compression, state)
     canonical = compression(token_ids)
     row_ids = hashing.hash(canonical, history=state.history)
     packed = {layer: gather(tables[layer], i) for layer, i in row_ids.items()}
     rows = unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
-    begun, cache = begin(model, state.cache, token_ids)
-    logits, cache = finish(model, begun, cache, rows, lengths)
+    streams, cache = lower_blocks(model, state.cache, token_ids)
+    logits, cache = upper_blocks(model, streams, cache, rows, lengths)
     history = hashing.next_history(
       canonical, history=state.history, lengths=lengths
     )
@@ -98,7 +94,7 @@ def make_step(
 
 
 def abstract_arguments(
-  config: ExperimentConfig,
+  model: ModelConfig,
   hashing: NgramHash,
   row_format: RowFormat,
   *,
@@ -116,11 +112,13 @@ def abstract_arguments(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
 
-  graph, params, balance = abstract_model(config.model)
+  compression = TokenCompression.identity(hashing.vocab_size)
+  memory = Memory(model.engram, compression, hashing)
+  graph, params, balance = abstract_model(model)
   model = nnx.merge(graph, params, balance)
   model = jax.eval_shape(for_decoding, model)
   state = jax.eval_shape(
-    lambda model: init_state(model, hashing, batch=batch, capacity=capacity),
+    lambda model: init_state(model, memory, batch=batch, capacity=capacity),
     model,
   )
   size = row_format.bytes_per_row
@@ -141,7 +139,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def compile_step(
-  config: ExperimentConfig,
+  config: Preset,
   *,
   device: jax.Device,
   home: str,
@@ -153,13 +151,13 @@ def compile_step(
   """Compiles one step, and reads off what it takes.
 
   Args:
-    config: of a model with a memory.
+    config: a model with a memory, and its training.
     device: to compile for.
     home: of `GATHERS`.
     tokens: L.
     batch: B.
     capacity: tokens of one sequence in the cache.
-    row_format: of `FORMATS`.
+    row_format: of the packed rows.
 
   Returns:
     `model_bytes`, `tables_bytes` and `state_bytes` as they are; `fits`, the
@@ -167,11 +165,11 @@ def compile_step(
     `peak` with the host's arguments) and `host_memory`, in bytes, and how many
     `copies_of_tables` on the device each step makes.
   """
-  program = make_program(config, None)
+  program = models.make_program(config.model, config.train)
   hashing = program.hashing
   fmt = RowFormat(row_format, config.model.engram.head_dim)
   arguments = abstract_arguments(
-    config,
+    config.model,
     hashing,
     fmt,
     home=home,
@@ -224,65 +222,35 @@ def holds_tables(record: Mapping[str, Any], tables: int) -> bool:
 
 
 def measure(
-  preset: str, topology: str, **sizes: Any
-) -> tuple[dict[str, Any], ...]:
-  """Both homes, a chunk and a token, on one chip of the topology.
-
-  Args:
-    preset: a model with a memory.
-    topology: see `compile_for_pod`.
-    **sizes: `chunk`, `batch`, `capacity` and `row_format`.
-  """
-  device = devices_of(topology)[0]
-  config, chunk = experiment_of(preset), sizes.pop("chunk")
+  *, presets: Sequence[str], topologies: Sequence[str], chunk: int, **sizes: Any
+) -> harness.Figures:
+  """Both homes, a chunk and a token, on one chip; arguments as the flags."""
+  if not jax.config.jax_platforms:
+    # The device compiled for is not one that runs here.
+    jax.config.update("jax_platforms", "cpu")
+  # What does not fit is told below; libtpu would list all of it.
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
   records = []
-  for tokens in (chunk, 1):
-    for home in GATHERS:
+  for preset, topology in itertools.product(presets, topologies):
+    device, config = devices_of(topology)[0], find_preset(preset)
+    hbm = HBM_GIB.get(topology.partition(":")[0])
+    about = {"preset": preset, "topology": topology, "hbm_gib": hbm}
+    about["device_kind"] = device.device_kind
+    for tokens, home in itertools.product((chunk, 1), GATHERS):
       print(f"{topology}, {preset}, {home}, {tokens} tokens ...", flush=True)
       record = compile_step(
         config, device=device, home=home, tokens=tokens, **sizes
       )
       if home == "pinned" and record["fits"]:
-        tables = len(config.model.engram.layers)
-        record["host_holds_tables"] = holds_tables(record, tables)
-      chip = {"topology": topology, "device_kind": device.device_kind}
-      hbm = HBM_GIB.get(topology.partition(":")[0])
-      records.append({"preset": preset, **chip, "hbm_gib": hbm, **record})
-  return tuple(records)
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-  """For the terminal; GiB."""
-  header = ["model", "chip", "tokens", "tables in", "tables", "weights"]
-  header += ["cache", "fits", "arguments", "temp", "host arguments"]
-  header += ["host temp", "copied", "compile s"]
-
-  def gib(count):
-    return None if count is None else f"{count / harness.GIB:.3f}"
-
-  lines = []
-  for r in records:
-    memory, host = r.get("memory", {}), r.get("host_memory", {})
-    fits = f"{'yes' if r['fits'] else 'NO'}, {r['hbm_gib']}"
-    sizes = [r[f"{name}_bytes"] for name in ("tables", "model", "state")]
-    chip = r["topology"].partition(":")[0]
-    lines.append(
-      [r["preset"], chip, r["tokens"], r["home"], *map(gib, sizes), fits]
-      + [gib(memory.get(name)) for name in ("argument", "temp")]
-      + [gib(host.get(name)) for name in ("argument", "temp")]
-      + [r.get("copies_of_tables"), r.get("compile_seconds")]
-    )
-  refused = [
-    f"{r['preset']} on {r['topology']}, {r['tokens']} tokens, {r['home']}: "
-    f"{r['refusal']}"
-    for r in records
-    if not r["fits"]
-  ]
-  return "\n".join([harness.aligned(header, lines), *refused])
+        count = len(config.model.engram.layers)
+        record["host_holds_tables"] = holds_tables(record, count)
+      records.append(about | record)
+  version = importlib.metadata.version("libtpu")
+  return {"libtpu": version, "verdict": verdict(records), "records": records}
 
 
 def verdict(records: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-  """Whether the targets are reached."""
+  """Whether the aims are reached."""
   pinned = [r for r in records if r["home"] == "pinned"]
   fitting = [r for r in pinned if r["fits"]]
   return {
@@ -292,47 +260,52 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
   }
 
 
-def define_flags() -> None:
-  text = "Of engram_jax/presets.py, with a memory."
-  flags.DEFINE_list("presets", ["medium", "v41_memory"], text)
-  text = "TPU slices; one chip of each is compiled for."
-  flags.DEFINE_list("topologies", ["v5p:2x2x1", "v6e:2x2"], text)
-  flags.DEFINE_enum("row_format", "fp8", FORMATS, "Of the packed rows.")
-  flags.DEFINE_integer("batch", 8, "Sequences.", lower_bound=1)
-  flags.DEFINE_integer("chunk", 256, "Tokens of a chunk.", lower_bound=2)
-  text = "Tokens of a sequence in the cache."
-  flags.DEFINE_integer("capacity", 4096, text, lower_bound=2)
-  out = str(harness.RESULTS / "pinned_tpu.json")
-  flags.DEFINE_string("out", out, "Where it goes.")
+def tables(result: harness.Figures) -> list[str]:
+  def gib(*path: str):
+    def read(record):
+      for key in path:
+        record = record.get(key) if record else None
+      return None if record is None else f"{record / harness.GIB:.3f}"
 
+    return read
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  if not jax.config.jax_platforms:
-    # The device compiled for is not one that runs here.
-    jax.config.update("jax_platforms", "cpu")
-  # What does not fit is told below; libtpu would list all of it.
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-  args = flags.FLAGS
-  names = ("batch", "chunk", "capacity", "row_format")
-  sizes = {name: args[name].value for name in names}
-  records = [
-    record
-    for preset in args.presets
-    for topology in args.topologies
-    for record in measure(preset, topology, **sizes)
-  ]
-  targets = verdict(records)
-  result = {
-    "libtpu": importlib.metadata.version("libtpu"),
-    **sizes,
-    "targets": targets,
-    "records": records,
+  columns = {
+    "model": "preset",
+    "chip": lambda r: r["topology"].partition(":")[0],
+    "tokens": "tokens",
+    "tables in": "home",
+    "tables": gib("tables_bytes"),
+    "weights": gib("model_bytes"),
+    "cache": gib("state_bytes"),
+    "fits": lambda r: f"{'yes' if r['fits'] else 'NO'}, {r['hbm_gib']}",
+    "arguments": gib("memory", "argument"),
+    "temp": gib("memory", "temp"),
+    "host arguments": gib("host_memory", "argument"),
+    "host temp": gib("host_memory", "temp"),
+    "copied": "copies_of_tables",
+    "compile s": "compile_seconds",
   }
-  title = f"GiB; {args.row_format} rows, {args.batch} sequences"
-  lines = [f"{name}: {value}" for name, value in targets.items()]
-  harness.publish(result, [title, table(records), "\n".join(lines)])
+  records = result["records"]
+  refused = [
+    f"{r['preset']} on {r['topology']}, {r['tokens']} tokens, {r['home']}: "
+    f"{r['refusal']}"
+    for r in records
+    if not r["fits"]
+  ]
+  aims = [f"{name}: {value}" for name, value in result["verdict"].items()]
+  found = harness.table(columns, records, title="GiB")
+  return ["\n".join([found, *refused]), "\n".join(aims)]
 
+
+FLAGS = {
+  "presets": (["medium", "v41_memory"], "Models with a memory."),
+  "topologies": (["v5p:2x2x1", "v6e:2x2"], "TPU slices; a chip of each."),
+  "row_format": ("fp8", "Of the packed rows."),
+  "batch": (8, "Sequences."),
+  "chunk": (256, "Tokens of a chunk."),
+  "capacity": (4096, "Tokens of a sequence in the cache."),
+}
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

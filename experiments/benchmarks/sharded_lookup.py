@@ -1,279 +1,314 @@
-"""Rows fetched from all devices: time, bytes, and what duplicates save.
+"""Rows fetched from all devices: time, and bytes sent.
 
   python -m experiments.benchmarks.sharded_lookup
-  python -m experiments.benchmarks.sharded_lookup --only=text
 
 `lookup`, on simulated CPU devices, each number of them in a process of its own:
 
-  exchange        `memory.exchange` with the room that training starts with
-                  (`mesh.lookup_capacity`), or what its batch then needs
-  exchange, full  with room for any batch
-  gather          `memory.exchange` for few ids
-  plain           table[ids] jitted with shardings, which XLA partitions; its
-                  gradient, of the whole table, pinned to where the table lies
+  exchange  `memory.exchange` with the room that training starts with
+            (`mesh.lookup_capacity`), or what its batch then needs
+  gather    `memory.exchange` for few ids
+  plain     table[ids] jitted with shardings, which XLA partitions; its
+            gradient, of the whole table, pinned to where the table lies
 
-The first three end with each row's gradient, summed, at its owner; the last one
+The first two end with each row's gradient, summed, at its owner; the last one
 with a dense gradient, which costs more the larger the table. All are compared:
 the same rows, the same sums.
 
 Bytes are those that a device sends, read from the compiled program, next to the
 least that is possible: each distinct row of a device that lives elsewhere,
 once, and its gradient once. The rest is padding, duplicates and ids.
-
-`text` is why duplicates are dropped: distinct rows over ids of one device's
-batch of real text, by n-gram order.
 """
 
-import json
-import math
-import os
-import pathlib
-import statistics
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from engram_jax import sharding
+from engram_jax.analysis.compiled import collectives
 from engram_jax.errors import require
-from engram_jax.run_config import DataConfig
-from experiments import number_flags
+from engram_jax.memory import exchange
+from engram_jax.memory.table import lookup
+from engram_jax.run_config import MeshConfig
+from engram_jax.training.program import Capacity
 from experiments.benchmarks import harness
-from experiments.benchmarks.lookup_runs import STRATEGIES, WHAT
+from experiments.benchmarks.fixtures import DISTRIBUTIONS, draw_ids
 
-PARTS = ("lookup", "text")
+STRATEGIES = ("exchange", "gather", "plain")
+#: What is timed.
+FETCH, BOTH = WHAT = ("fetch", "fetch + send_home")
+LAYER = 1
 NOTE = (
   "Simulated devices are threads that share this machine's cores and memory: "
   "work that a mesh does side by side is done here in turns, and sending is "
-  "copying. Bytes are those of any mesh; times and the crossover are not: a "
-  "real interconnect makes bytes dearer and work cheaper."
+  "copying. Bytes are those of any mesh; times are not: a real interconnect "
+  "makes bytes dearer and work cheaper."
 )
+FLAGS = {
+  "devices": ([2, 4, 8], "Simulated devices."),
+  "ids": ([64, 256, 1024, 4096, 16384], "Ids of one device."),
+  "distributions": (list(DISTRIBUTIONS), "Of the ids."),
+  "rows": (2**18, "Of the table."),
+  "width": (64, "Of a row, float32."),
+  "repeats": (5, "Timed turns of each form."),
+}
 
-# --- what follows from it ---
 
+def demand(ids: np.ndarray, rows: int) -> dict[str, float]:
+  """What the devices ask of each other.
 
-def crossovers(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """From how many ids a device on `exchange` takes less time than `gather`.
+  Args:
+    ids: [devices, M].
+    rows: R of the table; a multiple of the devices.
 
   Returns:
-    For each number of devices, distribution, of `WHAT`, and form of exchange:
-    `gather_up_to` and `exchange_from`, neighbours among the measured numbers,
-    and `about`, where the line between their ratios (both logarithmic) passes
-    1. None stands for "at none of them"; `about` is then 0 if exchange is
-    always faster and None if it never is.
+    `distinct`, over ids, mean of the devices; `foreign`, distinct rows of a
+    device that live elsewhere, mean; `needed`, most that one asks of another.
   """
-  cases: dict[tuple, dict[int, dict[str, float]]] = {}
-  for record in records:
-    for what in WHAT:
-      key = (record["devices"], record["distribution"], what)
-      times = cases.setdefault(key, {}).setdefault(record["ids_per_device"], {})
-      times[record["strategy"]] = record[what]["median_ms"]
-  found = []
-  for (devices, distribution, what), by_ids in cases.items():
-    for form in STRATEGIES[:2]:
-      curve = [
-        (ids, math.log(times[form] / times["gather"]))
-        for ids, times in sorted(by_ids.items())
-      ]
-      found.append(
-        {
+  devices = len(ids)
+  asked = [
+    np.bincount(np.unique(part) // (rows // devices), minlength=devices)
+    for part in ids
+  ]
+  foreign = [count.sum() - count[i] for i, count in enumerate(asked)]
+  return {
+    "distinct": float(np.sum(asked) / ids.size),
+    "foreign": float(np.mean(foreign)),
+    "needed": int(np.max(asked)),
+  }
+
+
+def capacity_for(number: int, devices: int, needed: int) -> int:
+  """Room of the exchange, as a training run comes to have it."""
+  shape = {LAYER: jax.ShapeDtypeStruct((devices, number, 1), jnp.int32)}
+  full = exchange.ids_per_device(shape, devices)
+  factor = MeshConfig().lookup_capacity
+  first = exchange.mean_capacity(shape, devices, factor=factor)
+  capacity = Capacity(first, full)
+  capacity.suffices(needed)
+  return capacity.rows
+
+
+def make_form(
+  mesh: Mesh, strategy: str, what: str, capacity: int | None
+) -> Callable[..., Any]:
+  """A jitted function of (table, ids, gradients): rows, and with `BOTH` what
+  the owners of the rows then have."""
+  if strategy == "plain":
+
+    def fetch(table, ids, gradients):
+      del gradients
+      return lookup(table, ids)
+
+    def both(table, ids, gradients):
+      rows, back = jax.vjp(lambda table: lookup(table, ids), table)
+      return rows, *back(gradients)
+
+    tokens, home = (
+      NamedSharding(mesh, spec) for spec in (sharding.TOKENS, sharding.TABLE)
+    )
+    if what == FETCH:
+      return jax.jit(fetch, out_shardings=tokens)
+    return jax.jit(both, out_shardings=(tokens, home))
+
+  def form(table, ids, gradients):
+    with sharding.use(mesh):
+      found, plan = exchange.fetch(
+        {LAYER: table}, {LAYER: ids}, strategy=strategy, capacity=capacity
+      )
+      if what == FETCH:
+        return found[LAYER]
+      home = exchange.send_home(
+        plan, {LAYER: gradients}, num_rows={LAYER: table.shape[0]}
+      )
+      return found[LAYER], home[LAYER]
+
+  return jax.jit(form)
+
+
+def bytes_sent(compiled: Any, devices: int) -> int:
+  """Bytes that a device sends to others in one run of a program.
+
+  Of a collective over n devices whose larger side has S bytes, (n - 1) / n S:
+  a device keeps its own part. An all-reduce is a reduce-scatter and an
+  all-gather.
+
+  Args:
+    compiled: a program, or its text.
+    devices: n, all of which take part in every collective.
+  """
+  total = 0
+  for one in collectives(compiled):
+    assert not one.in_loop, one
+    passes = {"all-reduce": 2, "collective-permute": devices / (devices - 1)}
+    total += passes.get(one.kind, 1) * one.count * one.bytes
+  return round(total * (devices - 1) / devices)
+
+
+def check(
+  forms: Mapping[tuple[str, str], Callable], arguments: Any, table: np.ndarray
+) -> None:
+  """Refuses forms that do not give the table's rows, and the same sums.
+
+  Args:
+    forms: by strategy and what of `WHAT`.
+    arguments: table, ids and gradients, as the forms take them.
+    table: the same table.
+
+  Raises:
+    RuntimeError: one that gives others.
+  """
+  _, ids, gradients = map(np.asarray, arguments)
+  expected = np.zeros_like(table)
+  rows, width = table.shape
+  np.add.at(expected, ids.reshape(-1), gradients.reshape(-1, width))
+  for (strategy, what), form in forms.items():
+    found = form(*arguments)
+    found, home = (found, expected) if what == FETCH else found
+    if not hasattr(home, "shape"):  # `RowGradients` that lie at the owners
+      shard, dense = rows // len(ids), np.zeros_like(table)
+      row_ids = np.asarray(home.row_ids).reshape(len(ids), -1)
+      values = np.asarray(home.values).reshape(len(ids), -1, width)
+      for owner, (here, of) in enumerate(zip(row_ids, values)):
+        dense[owner * shard + here[here < shard]] = of[here < shard]
+      home = dense
+    agree = np.array_equal(found, table[ids]) and np.array_equal(home, expected)
+    if not agree:
+      raise RuntimeError(f"{strategy}, {what}: not what the table holds")
+
+
+def on_devices(
+  *,
+  devices: int,
+  ids: Sequence[int],
+  distributions: Sequence[str],
+  rows: int,
+  width: int,
+  repeats: int,
+) -> harness.Figures:
+  """One record per distribution, number of ids and strategy.
+
+  Args:
+    devices: as many as this process has, 2 at least.
+    ids: M of each device.
+    distributions: of the ids, some of `DISTRIBUTIONS`.
+    rows: R, rounded up to a multiple of the devices.
+    width: d, float32.
+    repeats: timed turns of each form; a turn is one call with many ids, and up
+      to 16 with few.
+
+  Returns:
+    `records`: what the ids ask for (`demand`); `capacity`, None where there is
+    none; `calls` of a turn; and for each of `WHAT` `median_ms` and `min_ms` of
+    a call, `sent`, bytes that a device sends, `least`, those that it must, and
+    `wasted`, the share of `sent` above that.
+
+  Raises:
+    InputError: another number of devices, or an unknown distribution.
+    RuntimeError: the strategies disagree.
+  """
+  count = jax.device_count()
+  ok = devices == count >= 2
+  require(ok, "devices", devices, f"this process's {count}, 2 or more")
+  mesh = sharding.make_mesh(MeshConfig(data=devices))
+  rows = sharding.padded_rows(rows, devices)
+  table = harness.rng(1).normal(size=(rows, width)).astype(np.float32)
+  placed = jax.device_put(table, NamedSharding(mesh, sharding.TABLE))
+  tokens = NamedSharding(mesh, sharding.TOKENS)
+  records = []
+  for distribution in distributions:
+    for number in ids:
+      drawn = draw_ids(distribution, (devices, number), rows)
+      asked = demand(drawn, rows)
+      # Whole numbers, so that sums in any order are equal.
+      gradients = harness.rng(2).integers(-8, 9, (devices, number, 1, width))
+      arguments = (
+        placed,
+        jax.device_put(drawn[..., None], tokens),
+        jax.device_put(gradients.astype(np.float32), tokens),
+      )
+      capacities = dict.fromkeys(STRATEGIES)
+      needed = asked["needed"]
+      capacities["exchange"] = capacity_for(number, devices, needed)
+      forms = {
+        (strategy, what): make_form(mesh, strategy, what, capacities[strategy])
+        .lower(*arguments)
+        .compile()
+        for strategy in STRATEGIES
+        for what in WHAT
+      }
+      check(forms, arguments, table)
+      calls = max(1, min(16, max(ids) // number))
+
+      def turn(form, arguments=arguments, calls=calls):
+        # Each call is waited for, as in a decoder: collectives of two programs
+        # at a time may wait for each other on a CPU.
+        for _ in range(calls):
+          found = jax.block_until_ready(form(*arguments))
+        return found
+
+      cases = {
+        name: lambda form=form: turn(form) for name, form in forms.items()
+      }
+      times = harness.interleaved(cases, repeats=repeats)
+      for strategy in STRATEGIES:
+        record = {
           "devices": devices,
           "distribution": distribution,
-          "what": what,
-          "form": form,
-          **_crossing(curve),
+          "ids_per_device": number,
+          "strategy": strategy,
+          **{k: asked[k] for k in ("distinct", "needed")},
+          "capacity": capacities[strategy],
+          "calls": calls,
         }
-      )
-  return found
+        for way, what in enumerate(WHAT, start=1):
+          sent = bytes_sent(forms[strategy, what], devices)
+          least = way * 4 * width * asked["foreign"]
+          taken = times[strategy, what]
+          ms = {k: taken[k] / calls for k in ("median_ms", "min_ms")}
+          bytes_ = {"sent": sent, "least": least, "wasted": 1 - least / sent}
+          record[what] = ms | bytes_
+        records.append(record)
+  return {"records": records}
 
 
-def _crossing(curve):
-  """Where a curve of (ids, log ratio) goes below 0, and stays there."""
-  slower = [i for i, (_, ratio) in enumerate(curve) if ratio >= 0]
-  last = slower[-1] if slower else -1
-  up_to = curve[last][0] if slower else None
-  after = curve[last + 1][0] if last + 1 < len(curve) else None
-  about = None if after is None else 0
-  if slower and after is not None:
-    (a, high), (b, low) = curve[last : last + 2]
-    about = round(math.exp(math.log(a) + math.log(b / a) * high / (high - low)))
-  return {"gather_up_to": up_to, "exchange_from": after, "about": about}
-
-
-def typical(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Median of `about` over devices and distributions, by form and what."""
-  medians: dict[str, dict[str, Any]] = {}
-  for form in STRATEGIES[:2]:
-    for what in WHAT:
-      about = [
-        math.inf if one["about"] is None else one["about"]
-        for one in found
-        if one["form"] == form and one["what"] == what
-      ]
-      middle = statistics.median_low(about)
-      middle = None if middle == math.inf else middle
-      medians.setdefault(form, {})[what] = middle
-  return medians
-
-
-# --- the program ---
-
-
-def define_flags() -> None:
-  harness.define_common("sharded_lookup", repeats=5)
-  text = "Parts to measure; the file's other one stays."
-  flags.DEFINE_list("only", list(PARTS), text)
-  number_flags.define("devices", [2, 4, 8], "Simulated devices.")
-  ids = [64, 256, 1024, 4096, 16384]
-  number_flags.define("ids", ids, "Ids of one device.")
-  flags.DEFINE_list("distributions", ["zipf", "uniform"], "Of the ids.")
-  flags.DEFINE_integer("rows", 2**18, "Of the table.")
-  flags.DEFINE_integer("width", 64, "Of a row, float32.")
-  tokens = [2048, 8192, 32768, 131072]
-  number_flags.define("tokens", tokens, "Of one device's batch of text.")
-  flags.DEFINE_integer(
-    "text_rows", 2_262_400, "Of a head; 3 orders of 8 heads."
-  )
-  flags.DEFINE_integer("text_batches", 4, "Of each number of tokens.")
-  flags.DEFINE_integer("length", 512, "Tokens of one sequence of text.")
-  config = DataConfig()
-  flags.DEFINE_integer("vocab_size", 4096, "Of the tokenizer.")
-  for name in ("folder", "glob", "data_dir"):
-    flags.DEFINE_string(name, getattr(config, name), "See `DataConfig`.")
-
-
-def _lookup_part(args) -> dict[str, Any]:
-  devices, ids = args.devices, args.ids
-  sizes = {"rows": args.rows, "width": args.width}
+def measure(*, devices: Sequence[int], **sizes: Any) -> harness.Figures:
+  """All numbers of devices; arguments as the flags."""
   records = []
   for count in devices:
-    # The whole takes minutes: somebody may be looking.
-    print(f"measuring {count} devices ...", file=sys.stderr, flush=True)
-    answer = harness.in_child(
-      "experiments.benchmarks.lookup_runs:measure",
-      env=harness.simulated_devices(count),
-      devices=count,
-      ids=ids,
-      distributions=args.distributions,
-      repeats=args.repeats,
-      **sizes,
-    )
+    env = harness.simulated_devices(count)
+    answer = harness.in_child(on_devices, env=env, devices=count, **sizes)
     records += answer["records"]
-  found = crossovers(records)
-  return {
-    "note": NOTE,
-    "sizes": sizes,
-    "repeats": args.repeats,
-    "typical_crossover": typical(found),
-    "crossovers": found,
-    "records": records,
-  }
+  return {"note": NOTE, "records": records}
 
 
-def _text_part(args) -> dict[str, Any]:
-  print("measuring text ...", file=sys.stderr, flush=True)
-  sizes = {
-    "rows_per_head": [args.text_rows] * 3,
-    "heads": 8,
-    "length": args.length,
-    "batches": args.text_batches,
-    "devices": max(args.devices),
-  }
-  names = ("folder", "glob", "data_dir", "vocab_size")
-  answer = harness.in_child(
-    "experiments.benchmarks.text_duplicates:measure",
-    tokens=args.tokens,
-    data={name: args[name].value for name in names},
-    **sizes,
-  )
-  answer.pop("peak_mib")
-  return {"sizes": sizes, **answer}
-
-
-def _lookup_tables(part: Mapping[str, Any]) -> list[str]:
-  cases: dict[tuple, dict[str, Any]] = {}
-  for record in part["records"]:
-    key = tuple(
-      record[name] for name in ("devices", "distribution", "ids_per_device")
-    )
-    cases.setdefault(key, {})[record["strategy"]] = record
-  first = ["devices, ids", "ids a device"]
-  tables = []
+def tables(result: harness.Figures) -> list[str]:
+  cases: dict[tuple, harness.Figures] = {}
+  for r in result["records"]:
+    key = r["devices"], r["distribution"], r["ids_per_device"]
+    case = cases.setdefault(key, {"case": f"{key[0]}, {key[1]}", "ids": key[2]})
+    case[r["strategy"]] = r
+  first = {"devices, ids": "case", "ids a device": "ids"}
+  found = []
   for what in WHAT:
-    rows, sent = [], []
-    for (devices, distribution, ids), of in cases.items():
-      case = [f"{devices}, {distribution}", ids]
-      rows.append(case + [of[name][what]["median_ms"] for name in STRATEGIES])
-      kib = [of[name][what]["sent"] / 1024 for name in STRATEGIES]
-      exchange_ = of["exchange"]
-      least = exchange_[what]["least"] / 1024
-      wasted = f"{100 * exchange_[what]['wasted']:.0f}%"
-      sent.append([*case, *kib, least, wasted])
-    columns = [*first, *STRATEGIES]
-    tables += [f"{what}: ms", harness.aligned(columns, rows)]
-    columns += ["least", "exchange wastes"]
+    ms = {name: f"{name}.{what}.median_ms" for name in STRATEGIES}
+    title = f"{what}: ms"
+    found.append(harness.table(first | ms, cases.values(), title=title))
+    paths = {name: (name, "sent") for name in STRATEGIES}
+    paths["least"] = "exchange", "least"
+    kib = {
+      header: lambda c, name=name, key=key, what=what: c[name][what][key] / 1024
+      for header, (name, key) in paths.items()
+    }
     title = f"{what}: KiB that a device sends"
-    tables += [title, harness.aligned(columns, sent)]
-  columns = ["devices", "distribution", "what", "form", "gather_up_to"]
-  columns += ["exchange_from", "about"]
-  rows = [[str(one[c]) for c in columns[:4]] for one in part["crossovers"]]
-  for row, one in zip(rows, part["crossovers"], strict=True):
-    row += [one[c] for c in columns[4:]]
-  rows = [[f"{a}, {b}", *rest] for a, b, *rest in rows]
-  columns = ["devices, ids", "what", "form", "gather up to", "exchange from"]
-  tables += [
-    "exchange faster than gather",
-    harness.aligned([*columns, "about"], rows),
-    f"medians of the last column: {json.dumps(part['typical_crossover'])}",
-    NOTE,
-  ]
-  return tables
+    found.append(harness.table(first | kib, cases.values(), title=title))
+  return [*found, result["note"]]
 
 
-def _text_table(part: Mapping[str, Any]) -> list[str]:
-  orders = list(part["records"][0]["distinct"])
-  columns = ["tokens of a device", *orders, "capacity factor"]
-  rows = [
-    [f"{r['tokens']:,}", *r["distinct"].values(), r["capacity_factor"]]
-    for r in part["records"]
-  ]
-  title = "distinct rows over ids, by order; lookup_capacity that suffices"
-  return [title, harness.aligned(columns, rows)]
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  from experiments import results  # see `harness.launch`
-
-  args = flags.FLAGS
-  valid = f"one or more of {', '.join(PARTS)}"
-  ok = bool(args.only) and set(args.only) <= set(PARTS)
-  require(ok, "only", ",".join(args.only), valid)
-  path = pathlib.Path(args.out).expanduser()
-  # What is not measured now keeps its figures, and says when it was.
-  result = {}
-  if path.exists():
-    before = json.loads(path.read_text())
-    result = {name: before[name] for name in PARTS if name in before}
-  tables = []
-  makers = {
-    "lookup": (_lookup_part, _lookup_tables),
-    "text": (_text_part, _text_table),
-  }
-  for name in PARTS:
-    if name not in args.only:
-      continue
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    make, show = makers[name]
-    part = make(args)
-    measured = {"command": results.command(), "load_average_before": load}
-    measured["environment"] = results.environment()
-    result[name] = {"measured": measured, **part}
-    tables += show(part)
-  harness.publish(
-    {name: result[name] for name in PARTS if name in result}, tables
-  )
-
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

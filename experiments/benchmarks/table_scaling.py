@@ -6,10 +6,8 @@
 The whole step of `training.step`, on a small transformer with one Engram
 layer: hash, lookup, forward, backward, AdamW, and lazy Adam on touched rows. It
 is compared with `dense`: the gradient of the whole table through the lookup,
-and optax's Adam on all of it.
-
-The step without its transformer, `memory`, is timed too: a larger model hides
-more of what a larger table costs, and there it has nothing to hide behind.
+and optax's Adam on all of it. (A larger model hides more of what a larger table
+costs; with --hidden_size=16 there is next to nothing to hide behind.)
 
 To reach: the step at 2e7 rows at most 1.2 times the step at 1e5; peak memory at
 most three tables (the rows and two moments) plus what the smallest needs.
@@ -25,23 +23,51 @@ mesh is. Its rows are narrower, so that 1e8 of them and their moments fit into
 its memory; what is compared with is the smallest table, not `dense`.
 """
 
-import json
-import sys
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
+from engram_jax import sharding
+from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
-from experiments import number_flags
-from experiments.benchmarks import harness
-from experiments.benchmarks.scaling_runs import DEFAULTS, TABLES, Run
+from engram_jax.memory.retrieval import retrieve
+from engram_jax.run_config import MeshConfig, TrainConfig
+from engram_jax.training.losses import cross_entropy
+from engram_jax.training.program import Program
+from engram_jax.training.runs import new_state
+from engram_jax.training.state import TrainState
+from engram_jax.training.step import make_train_step
+from experiments.benchmarks import harness, models
 
-HERE = "experiments.benchmarks.table_scaling"
+LAYER = 1
 TARGET_RATIO = 1.2
 TARGET_TABLES = 3
-#: What the flags are with --devices, where they are not given. 16 wide, a row
-#: and its moments take 192 bytes: 1e8 of them 18 GiB.
+#: Forms of a step, by the tables' worth of memory at its peak; the dense
+#: one has a gradient and an update besides table and moments.
+TABLES = {"sparse": 3, "dense": 5}
+SIZES = {
+  "hidden_size": (256, "Of the model."),
+  "num_layers": (2, "Blocks."),
+  "heads": (8, "Of an order."),
+  "head_dim": (64, "Numbers of a row."),
+  "batch": (8, "Sequences of a step."),
+  "length": (128, "Tokens of a sequence."),
+  "vocab_size": (4096, "Of the tokens."),
+}
+FLAGS = {
+  "rows": ([100_000, 1_000_000, 10_000_000, 20_000_000], "Sparse, ascending."),
+  "dense_rows": ([100_000, 1_000_000, 5_000_000], "Dense, beside as many."),
+  "devices": (1, "Simulated devices that share the table; see the file's top."),
+  "repeats": (15, "Timed steps of each."),
+  **SIZES,
+}
+#: 16 wide, a row and its moments take 192 bytes: 1e8 of them 18 GiB.
 ON_A_MESH = {
   "rows": ["100_000", "1_000_000", "10_000_000", "100_000_000"],
   "dense_rows": [],
@@ -50,20 +76,145 @@ ON_A_MESH = {
 }
 
 
-def measure(
-  runs: Sequence[tuple[str, int]],
+def make_program(rows: int, *, devices: int = 1, **sizes: int) -> Program:
+  """The training of a small transformer with about so many rows."""
+  heads, width = sizes["heads"], sizes["hidden_size"]
+  found = jax.device_count()
+  valid = f"1, or this process's {found}"
+  require(devices in (1, found), "devices", devices, valid)
+  memory = EngramConfig(
+    hidden_size=width,
+    layers=(LAYER,),
+    rows_per_head=(rows // (2 * heads),) * 2,
+    heads=heads,
+    head_dim=sizes["head_dim"],
+    pad_id=0,
+    table_init_std=0.0,  # drawing noise would be the peak of memory
+  )
+  attention = AttentionConfig(
+    num_heads=4,
+    nope_dim=width // 4,
+    rope_dim=16,
+    value_dim=width // 4 + 16,
+    kv_rank=width // 2,
+  )
+  model = ModelConfig(
+    vocab_size=sizes["vocab_size"],
+    hidden_size=width,
+    num_layers=sizes["num_layers"],
+    attention=attention,
+    dense_size=3 * width,
+    engram=memory,
+  )
+  train = TrainConfig(
+    steps=10_000,
+    batch_size=sizes["batch"],
+    seq_len=sizes["length"],
+    warmup_steps=0,
+  )
+  # One of several is a run without a mesh, on the first.
+  mesh = sharding.make_mesh(MeshConfig()) if devices > 1 else None
+  return models.make_program(model, train, mesh=mesh)
+
+
+def table_adam(program: Program) -> optax.GradientTransformation:
+  """Adam over whole tables, for a learning rate of 1."""
+  train = program.train
+  return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
+
+
+def make_dense_step(program: Program) -> Callable:
+  """The step without the library's idea: differentiate through the lookup.
+
+  The same loss, clipping and rates; `table_states` are optax's.
+  """
+  train, adam = program.train, table_adam(program)
+
+  def loss(params, tables, balance, batch):
+    canonical = program.compression(batch["inputs"])
+    rows, _ = retrieve(
+      tables, program.hashing, canonical, breaks=batch["breaks"]
+    )
+    model = nnx.merge(program.graph, params, balance)
+    out = model(batch["inputs"], rows, breaks=batch["breaks"])
+    mask = batch["loss_mask"]
+    total = cross_entropy(out.logits, batch["targets"], mask)
+    return total / jnp.maximum(jnp.sum(mask), 1)
+
+  def step(state: TrainState, batch):
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
+      state.params, state.tables, state.balance, batch
+    )
+    norm = optax.global_norm(gradients)
+    clip = jnp.minimum(1.0, train.clip_norm / norm)
+    by_params, by_tables = jax.tree.map(lambda g: g * clip, gradients)
+    rate = program.schedule(state.step)
+    updates, opt_state = program.optimizer.update(
+      by_params, state.opt_state, state.params
+    )
+    moves, table_states = {}, {}
+    for layer, by_table in by_tables.items():
+      moves[layer], table_states[layer] = adam.update(
+        by_table, state.table_states[layer]
+      )
+    table_rate = rate * train.table_learning_rate_multiplier
+
+    def moved(arrays, updates, rate):
+      updates = jax.tree.map(lambda u: u * rate, updates)
+      return optax.apply_updates(arrays, updates)
+
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=moved(state.params, updates, rate),
+      opt_state=opt_state,
+      tables=moved(state.tables, moves, table_rate),
+      table_states=table_states,
+    )
+    return state, {"loss": value, "grad_norm": norm}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_state(program: Program, form: str) -> TrainState:
+  """The state of a run, every page of it real."""
+  state = new_state(program)
+  if form == "dense":
+    init = jax.jit(table_adam(program).init)
+    states = {layer: init(table) for layer, table in state.tables.items()}
+    state = dataclasses.replace(state, table_states=states)
+  tables, states = harness.resident((state.tables, state.table_states))
+  return dataclasses.replace(state, tables=tables, table_states=states)
+
+
+def room(program: Program, batches: Sequence[models.Batch]) -> int | None:
+  """The capacity that a training run over these batches comes to have."""
+  capacity = program.capacity(batches[0])
+  if capacity.rows is None:
+    return None
+  devices = sharding.size(program.mesh)
+  shard = sharding.padded_rows(program.hashing.num_rows[LAYER], devices)
+  row_ids = jax.jit(program.row_ids)
+  for batch in batches:
+    for part in np.split(np.asarray(row_ids(batch)[LAYER]), devices):
+      capacity.suffices(np.bincount(np.unique(part) * devices // shard).max())
+  return capacity.rows
+
+
+def in_turns(
   *,
-  sizes: Mapping[str, int] | None = None,
+  runs: Sequence[tuple[str, int]],
   devices: int = 1,
   repeats: int,
-) -> dict[str, Any]:
+  **sizes: int,
+) -> harness.Figures:
   """Times steps of several runs in turns, in this process.
 
   Args:
     runs: (form, rows) of each; the form is one of `TABLES`.
-    sizes: what differs from `DEFAULTS`.
     devices: 1, or as many as this process has, which then share each table.
     repeats: timed steps of each.
+    **sizes: all of `SIZES`.
 
   Returns:
     `records`, one per run: `form`, `rows`, `table_mib`, the times of
@@ -74,151 +225,111 @@ def measure(
     InputError: an unknown form, one that several devices do not have, another
       number of devices, or runs that do not fit in memory.
   """
-  sizes = {**DEFAULTS, **(sizes or {})}
-  needed = 0
+  width, needed = 4 * sizes["head_dim"], 0
   for form, rows in runs:
     known = [name for name in TABLES if devices == 1 or name != "dense"]
     require(form in known, "form", form, f"one of {', '.join(known)}")
     least = 4 * sizes["heads"]
     require(rows >= least, "rows", rows, f"at least {least}, two a head")
-    needed += TABLES[form] * _table_bytes(rows, sizes)
-  batch = sizes["batch"]
-  valid = f"a multiple of devices = {devices}"
+    needed += TABLES[form] * rows * width
+  batch, valid = sizes["batch"], f"a multiple of devices = {devices}"
   require(batch % devices == 0, "batch", batch, valid)
   harness.require_memory("rows", [rows for _, rows in runs], needed)
-  made = [Run(form, rows, sizes, devices=devices) for form, rows in runs]
-  times = harness.interleaved(dict(enumerate(made)), repeats=repeats)
-  records = []
-  for (form, _), run, taken in zip(runs, made, times.values(), strict=True):
-    _, metrics = run()
-    if run.capacity is not None:
-      assert metrics["lookup_needed"] <= run.capacity
-    mib = round(_table_bytes(run.num_rows, sizes) / harness.MIB, 1)
-    record = {"form": form, "rows": run.num_rows, "table_mib": mib}
-    if devices > 1:
-      record["capacity"] = run.capacity
-    records.append({**record, **taken, "loss": float(metrics["loss"])})
+  cases, records = {}, []
+  for i, (form, rows) in enumerate(runs):
+    program = make_program(rows, devices=devices, **sizes)
+    batches = models.make_batches(program, 16)
+    record = {"form": form, "rows": program.hashing.num_rows[LAYER]}
+    record["table_mib"] = round(record["rows"] * width / harness.MIB, 1)
+    if form == "dense":
+      step = make_dense_step(program)
+    else:
+      capacity = room(program, batches)
+      step = make_train_step(program, capacity=capacity)
+      record |= {"capacity": capacity} if devices > 1 else {}
+    records.append(record)
+    cases[i] = models.steps(step, make_state(program, form), batches)
+  times = harness.interleaved(cases, repeats=repeats)
+  for i, record in enumerate(records):
+    metrics = cases[i]()
+    if record.get("capacity") is not None:
+      assert metrics["lookup_needed"] <= record["capacity"]
+    record |= {**times[i], "loss": float(metrics["loss"])}
   return {"records": records}
 
 
-def _table_bytes(rows: int, sizes: Mapping[str, int]) -> int:
-  return 4 * rows * sizes["head_dim"]
-
-
-def verdict(
-  lines: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def targets(
+  lines: Sequence[harness.Figures], pairs: Sequence[harness.Figures]
+) -> harness.Figures:
   """Whether the targets are reached, by the largest run of the sparse form."""
-  sparse = [line for line in lines if line["form"] == "sparse"]
-  smallest, largest = sparse[0], sparse[-1]
-  limit = TARGET_TABLES * largest["table_mib"] + smallest["peak_mib"]
-
-  def last_ratio(name):
-    return [pair["ratio"] for pair in pairs if pair["name"] == name][-1]
-
+  smallest, *_, largest = (x for x in lines if x["form"] == "sparse")
+  most = TARGET_TABLES * largest["table_mib"] + smallest["peak_mib"]
+  *_, step = (pair["ratio"] for pair in pairs if pair["name"] == "step")
   return {
-    "step_ratio": last_ratio("step"),
-    "step_ratio_at_most": TARGET_RATIO,
-    "step_reached": last_ratio("step") <= TARGET_RATIO,
-    "memory_alone_ratio": last_ratio("memory"),
-    "peak_mib": largest["peak_mib"],
-    "peak_mib_at_most": limit,
-    "peak_reached": largest["peak_mib"] <= limit,
+    "step_ratio": harness.target(step, at_most=TARGET_RATIO),
+    "peak_mib": harness.target(largest["peak_mib"], at_most=most),
   }
 
 
-def define_flags() -> None:
-  harness.define_common("table_scaling", repeats=15)
-  rows = [100_000, 1_000_000, 10_000_000, 20_000_000]
-  number_flags.define("rows", rows, "Row-sparse, ascending.")
-  rows = [100_000, 1_000_000, 5_000_000]
-  number_flags.define("dense_rows", rows, "Dense; compared at the same rows.")
-  text = "Simulated devices that share the table; see the top of the file."
-  flags.DEFINE_integer("devices", 1, text)
-  for name, value in DEFAULTS.items():
-    flags.DEFINE_integer(name, value, "Of the model or its batches.")
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  args = flags.FLAGS
-  devices = args.devices
-  env = harness.simulated_devices(devices) if devices != 1 else None
-  if env is not None:
-    harness.set_defaults(ON_A_MESH)
+def measure(
+  *,
+  rows: Sequence[int],
+  dense_rows: Sequence[int],
+  devices: int,
+  repeats: int,
+  **sizes: int,
+) -> harness.Figures:
+  """Every line alone, then in pairs; arguments as the flags."""
   valid = "none with devices: the smallest table is compared with"
-  ok = env is None or not args.dense_rows
-  require(ok, "dense_rows", ",".join(map(str, args.dense_rows)), valid)
-  sizes = {name: args[name].value for name in DEFAULTS}
-  rows, dense_rows = args.rows, args.dense_rows
-  valid = "two or more numbers, ascending"
-  require(len(rows) >= 2 and sorted(rows) == rows, "rows", rows, valid)
+  listed = ",".join(map(str, dense_rows))
+  require(devices == 1 or not dense_rows, "dense_rows", listed, valid)
+  ascending = len(rows) >= 2 and sorted(rows) == rows
+  require(ascending, "rows", rows, "two or more numbers, ascending")
+  env = harness.simulated_devices(devices) if devices > 1 else None
 
-  def child(*runs, repeats=args.repeats):
-    # The whole takes many minutes: somebody may be looking.
-    names = " and ".join(f"{form} {count:,}" for form, count in runs)
-    print(f"measuring {names} ...", file=sys.stderr, flush=True)
-    return harness.in_child(
-      f"{HERE}:measure",
-      env=env,
-      runs=runs,
-      sizes=sizes,
-      devices=devices,
-      repeats=repeats,
-    )
+  def child(*runs: tuple[str, int]) -> harness.Figures:
+    fields = dict(sizes, runs=runs, devices=devices, repeats=repeats)
+    return harness.in_child(in_turns, env=env, **fields)
 
+  alone = [("sparse", n) for n in rows] + [("dense", n) for n in dense_rows]
   lines = []
-  for form, count in [("sparse", r) for r in rows] + [
-    ("dense", r) for r in dense_rows
-  ]:
-    answer = child((form, count))
+  for run in alone:
+    answer = child(run)
     lines.append({**answer["records"][0], "peak_mib": answer["peak_mib"]})
-  contests = [("step", "sparse", rows[0], "sparse", r) for r in rows[1:]]
-  contests += [("memory", "memory", rows[0], "memory", r) for r in rows[1:]]
-  contests += [("dense", "sparse", r, "dense", r) for r in dense_rows]
-  pairs = []
-  for name, form, count, other, other_count in contests:
-    a, b = child((form, count), (other, other_count))["records"]
+  pairs = [("step", alone[0], ("sparse", n)) for n in rows[1:]]
+  pairs += [("dense", ("sparse", n), ("dense", n)) for n in dense_rows]
+  contests = []
+  for name, *runs in pairs:
+    a, b = child(*runs)["records"]
     ratio = b["median_ms"] / a["median_ms"]
-    pairs.append({"name": name, "records": [a, b], "ratio": ratio})
-
-  result = {
-    "targets": verdict(lines, pairs),
-    "devices": devices,
-    "bytes_per_row": TABLES["sparse"] * _table_bytes(1, sizes),
-    "sizes": sizes,
-    "repeats": args.repeats,
+    contests.append({"name": name, "records": [a, b], "ratio": ratio})
+  return {
+    "targets": targets(lines, contests),
+    "bytes_per_row": TABLES["sparse"] * 4 * sizes["head_dim"],
     "lines": lines,
-    "pairs": pairs,
+    "pairs": contests,
   }
-  columns = "form rows table_mib median_ms min_ms first_s peak_mib".split()
-  table = [[line[name] for name in columns] for line in lines]
-  pair_table = [
-    (
-      f"{b['form']} {b['rows']:,} / {a['form']} {a['rows']:,}",
-      a["median_ms"],
-      b["median_ms"],
-      pair["ratio"],
-    )
-    for pair in pairs
-    for a, b in [pair["records"]]
-  ]
-  title = (
-    f"{devices} device{'s'[: devices > 1]}; {sizes['head_dim']} numbers a row: "
-    f"{result['bytes_per_row']} bytes with its moments"
-  )
-  harness.publish(
-    result,
-    [
-      title,
-      harness.aligned(columns, table),
-      harness.aligned(
-        ["in turns", "ms below", "ms above", "ratio"], pair_table
-      ),
-      json.dumps(result["targets"], indent=1),
-    ],
-  )
 
+
+def tables(result: harness.Figures) -> list[str]:
+  def runs(pair: harness.Figures) -> str:
+    a, b = pair["records"]
+    return f"{b['form']} {b['rows']:,} / {a['form']} {a['rows']:,}"
+
+  names = "form rows table_mib median_ms min_ms first_s peak_mib".split()
+  title = f"{result['bytes_per_row']} bytes a row with its moments"
+  columns: dict[str, Any] = {"in turns": runs, "ratio": "ratio"}
+  for i, header in enumerate(("ms below", "ms above")):
+    columns[header] = lambda pair, i=i: pair["records"][i]["median_ms"]
+  return [
+    harness.table(dict(zip(names, names)), result["lines"], title=title),
+    harness.table(columns, result["pairs"]),
+  ]
+
+
+BENCHMARK = harness.Benchmark(
+  measure, tables, FLAGS, when={"devices": ON_A_MESH}
+)
 
 if __name__ == "__main__":
-  harness.launch(define_flags, main)
+  harness.run(BENCHMARK)

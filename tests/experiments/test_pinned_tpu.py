@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.state import init_state
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.homes import pack_tables
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import unpack_rows
-from engram_jax.memory.stores import DeviceStore, PinnedStore
+from engram_jax.memory.stores import DeviceStore, PinnedStore, TableStore
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
-from experiments.compile_for_pod import make_program
+from experiments.benchmarks.models import make_program
 from tests.experiments.micro import experiment
 from tests.libtpu import needs_libtpu
 
@@ -36,10 +37,15 @@ def micro(width=32):
   return dataclasses.replace(config, model=model)
 
 
+def micro_program():
+  config = micro()
+  return make_program(config.model, config.train)
+
+
 @pytest.fixture(scope="module")
 def tiny():
   """Model, tables [R, d], hash and compression; drawn by NumPy."""
-  program, random = make_program(micro(), None), np.random.default_rng(0)
+  program, random = micro_program(), np.random.default_rng(0)
 
   def drawn(path, leaf):
     value = 0.3 * random.normal(size=leaf.shape) + ("scale" in str(path))
@@ -64,7 +70,8 @@ def steps_of(tiny, home, name):
   tables = STORES[home](packed, row_format).tables
   step = pinned_tpu.make_step(hashing, compression, row_format, home=home)
   model = for_decoding(model)
-  state = init_state(model, hashing, batch=2, capacity=16)
+  memory = Memory(micro().model.engram, compression, hashing)
+  state = init_state(model, memory, batch=2, capacity=16)
   logits = []
   for tokens, lengths in CHUNKS:
     found, state = step(model, tables, state, tokens, lengths)
@@ -85,7 +92,8 @@ def test_the_steps_are_those_of_a_table_decoder(tiny, name):
   model, tables, hashing, compression = tiny
   packed, row_format = pack_tables(tables, hashing, name)
   kept = {i: jnp.asarray(unpack_rows(x, row_format)) for i, x in packed.items()}
-  decoder = TableDecoder(model, kept, hashing, compression)
+  memory = Memory(micro().model.engram, compression, hashing)
+  decoder = Decoder(model, memory, TableStore(kept))
   state, expected = decoder.init_state(2, 16), []
   for chunk in CHUNKS:
     logits, state = decoder.start(state, *chunk)()
@@ -104,7 +112,7 @@ def test_compiles_from_shapes_alone(home):
     micro(), device=jax.local_devices()[0], home=home, tokens=3, **SIZES
   )
   assert json.loads(json.dumps(record)) == record
-  rows = sum(make_program(micro(), None).hashing.num_rows.values())
+  rows = sum(micro_program().hashing.num_rows.values())
   assert record["tables_bytes"] == 33 * rows
   assert record["fits"] and record["copies_of_tables"] == 0
   assert record["host_memory"].keys() == {"argument", "output", "alias", "temp"}
@@ -135,7 +143,10 @@ def test_says_what_fits_and_where_the_tables_are():
     assert not pinned_tpu.holds_tables({**pinned, "host_memory": host}, 1)
   pinned["host_holds_tables"] = True
   records = [record("device", fits=False, refusal="Ran out of HBM"), pinned]
-  refused, fitting, reason = pinned_tpu.table(records).splitlines()[2:]
+  result = {"records": records, "verdict": pinned_tpu.verdict(records)}
+  table, aims = pinned_tpu.tables(result)
+  refused, fitting, reason = table.splitlines()[3:]
+  assert "host_holds_tables: True" in aims
   assert "NO, 2" in refused and "yes, 2" in fitting
   assert ["1.000", "0.500", "4.000", "0.000"] == fitting.split()[-6:-2]
   assert reason == "p on v5e:2x2, 1 tokens, device: Ran out of HBM"

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,9 +12,9 @@ from engram_jax.errors import InputError
 from engram_jax.memory.homes import open_store
 from engram_jax.memory.quantization import FORMATS, RowFormat, pack_rows
 from engram_jax.training.evaluation import mean_loss
-from engram_jax.training.runs import initial_state
+from engram_jax.training.runs import new_state
 from experiments.benchmarks import row_formats
-from experiments.compile_for_pod import make_program
+from experiments.benchmarks.models import make_program
 from tests.experiments.micro import experiment
 
 #: Of the relative error of normal rows 32 wide.
@@ -31,21 +30,18 @@ pytestmark = pytest.mark.usefixtures("steps_compile_fast")
 
 
 def make_trained(width=32):
-  """A new model, of whose rows every third was moved."""
+  """A new model."""
   config = experiment()
   memory = dataclasses.replace(config.model.engram, head_dim=width)
   model = dataclasses.replace(config.model, engram=memory, moe=None)
   config = dataclasses.replace(config, model=model)
-  program = make_program(config, None)
-  state = jax.jit(lambda: initial_state(program))()
-  tables = {
-    layer: table.at[::3].multiply(3.0) for layer, table in state.tables.items()
-  }
+  program = make_program(config.model, config.train)
+  state = new_state(program)
   return types.SimpleNamespace(
     config=config,
     step=7,
     model=nnx.merge(program.graph, state.params, state.balance),
-    tables=tables,
+    tables=state.tables,
     hashing=program.hashing,
     compression=program.compression,
     program=program,
@@ -83,7 +79,6 @@ def found(trained, batches):
 def test_losses_are_those_of_an_evaluation(trained, batches, found):
   assert json.loads(json.dumps(found)) == found
   assert (found["batches"], found["targets"]) == (3, 73)
-  assert found["float32_is_tables"] and found["float32_off_by"] <= 1e-6
   assert len(set(found["loss"].values())) == 3
   assert found["worth"] == found["loss"]["off"] - found["loss"]["on"]
   store = open_store("host", trained.tables, trained.hashing, row_format="fp8")
@@ -100,32 +95,30 @@ def test_errors_are_those_of_the_formats(trained, batches, found):
   sizes = [x["bytes_per_row"] for x in found["formats"].values()]
   assert sizes == [128, 64, 33, 36]
   for name, (least, most) in BOUNDS.items():
-    errors = found["formats"][name]["error"]
-    assert list(errors) == ["all", "moved", "read"]
-    assert all(least <= error <= most for error in errors.values()), name
-  assert found["shares"]["all"] == 1
-  assert found["shares"]["moved"] == pytest.approx(1 / 3, abs=0.01)
+    assert least <= found["formats"][name]["error"] <= most, name
   # Each of the 73 positions with a target reads four columns.
   reads = row_formats.reads_of(trained.program, batches)
   assert {layer: x.sum() for layer, x in reads.items()} == {1: 73 * 4}
-  share = (reads[1] > 0).mean()
-  assert found["shares"]["read"] == pytest.approx(share)
 
 
 def test_errors_are_weighted():
   fmt = RowFormat("int8", 2)
   rows = np.array([[127.0, 1.0], [127.0, 1.5], [0.0, 0.0]], np.float32)
   packed = pack_rows(rows, fmt)
-  weights = {
-    "exact": {3: np.array([1, 0, 1])},
-    "none": {3: np.array([0, 0, 1])},
-  }
-  weights["twice"] = {3: np.array([2, 2, 0])}
   tables = {3: np.concatenate([rows, rows])}  # padding is left out
-  found = row_formats.errors(tables, {3: packed}, fmt, weights)
-  assert found["exact"] == found["none"] == 0
+
+  def error(*weights):
+    return row_formats.error_of(tables, {3: packed}, fmt, {3: weights})
+
+  assert error(1, 0, 1) == error(0, 0, 1) == 0
   rms = np.sqrt(0.25 / np.square(rows).sum())
-  assert found["twice"] == pytest.approx(rms, rel=1e-6)
+  assert error(2, 2, 0) == pytest.approx(rms, rel=1e-6)
+
+
+def test_another_loss_in_float32_is_an_error(trained, batches, monkeypatch):
+  monkeypatch.setattr(row_formats, "TOLERANCE", -1)
+  with pytest.raises(RuntimeError, match="float32 rows: loss"):
+    row_formats.compare(trained, batches)
 
 
 def test_a_pair_differs_by_its_mean_and_error():
@@ -151,31 +144,18 @@ def test_a_run_is_shown_with_its_scale(monkeypatch, batches, tmp_path):
   monkeypatch.setattr(row_formats, "load_run", lambda _: narrow)
   monkeypatch.setattr(row_formats, "prepare", lambda *_, **__: None)
   monkeypatch.setattr(row_formats, "held_out_batches", held_out)
-  (tmp_path / "origin.json").touch()  # began as another run: moved is unknown
-  run = row_formats.measure(str(tmp_path), batches=2)
-  assert run["batches"] == 2 and list(run["shares"]) == ["all", "read"]
+  result = row_formats.measure(workdir=[str(tmp_path)], batches=2)
+  (run,) = result["runs"]
+  assert run["batches"] == 2
   refused = "width: 4; valid: a positive multiple of 32 for fp8"
   assert run["formats"]["fp8"] == {"refused": refused}
-  text = row_formats.table(run)
+  text = "\n".join(row_formats.tables(result))
   for words in (
-    "step 7: 2 batches",
+    "step 7: 64 targets",
     "memory off",
-    f"fp8: left out: {refused}",
-    "float32's loss is the tables'",
+    f"fp8 left out: {refused}",
   ):
     assert words in text, words
-
-
-def test_differences_over_runs(found):
-  worse = json.loads(json.dumps(found))
-  worse["formats"]["fp8"]["difference"] += 1
-  worse["formats"]["int8"] = {"refused": "width"}
-  across = row_formats.across([found, worse])
-  least = found["formats"]["fp8"]["difference"]
-  assert across["fp8"] == pytest.approx(
-    dict(runs=2, difference=least + 0.5, least=least, largest=least + 1)
-  )
-  assert across["int8"]["runs"] == 1
 
 
 def test_what_cannot_be_compared_is_refused(trained, batches):

@@ -14,7 +14,8 @@ from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.prefetch import Prefetcher, prefetched, row_ids_on_host
 from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import DeviceStore, HostStore, SlowStore
+from engram_jax.memory.stores import DeviceStore, HostStore
+from experiments.benchmarks.fixtures import SlowStore
 
 FORMAT = RowFormat("float32", 4)
 HASHING = NgramHash.create(

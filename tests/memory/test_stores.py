@@ -1,7 +1,6 @@
 """Row stores: one reading from every home, equal to the lookup in a table."""
 
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,6 @@ from engram_jax.memory.stores import (
   PackedRows,
   PinnedStore,
   ReadStatistics,
-  SlowStore,
   to_device,
 )
 from engram_jax.memory.stores import unpack as unpack_eagerly
@@ -249,26 +247,6 @@ def test_threads_read_at_once(make, home):
   assert not wrong
   assert store.statistics.reads == 6 * 25
   assert store.statistics.rows_asked == 6 * 25 * 2 * 108
-
-
-def test_a_slow_store_reads_the_same_later(make):
-  store, ids = make("host"), row_ids()
-  distinct = sum(len(np.unique(x)) for x in ids.values())
-  slow = SlowStore(store, delay_s=0.02, bytes_per_s=distinct * 66 / 0.05)
-  start = time.monotonic()
-  found = slow.read(ids, buffers=Buffers())
-  assert time.monotonic() - start >= 0.07
-  expected = store.read(ids)
-  np.testing.assert_array_equal(found.packed[14], expected.packed[14])
-  assert slow.statistics == store.statistics and slow.statistics.reads == 2
-  assert slow.layers == store.layers and slow.num_rows == store.num_rows
-  for wrong in (-1.0, float("nan")):
-    with pytest.raises(InputError, match=f"delay_s: {wrong}"):
-      SlowStore(store, delay_s=wrong)
-  with pytest.raises(InputError, match=r"^store: PinnedStore; valid: a Host"):
-    SlowStore(make("pinned"))
-  with pytest.raises(InputError, match=r"bytes_per_s: 0\.0; valid: a number"):
-    SlowStore(store, bytes_per_s=0.0)
 
 
 def test_tables_that_are_none_are_refused_by_name():

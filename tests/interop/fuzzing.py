@@ -1,7 +1,5 @@
 """Damaged files: never a crash, a hang or a wrong row, always one clear line.
 
-  python -m experiments.benchmarks.fuzz_formats --count=10000
-
 A case damages a good file and then opens and reads it, or asks a good one for
 damaged ids. Two readers: row files (`memory/row_files.py`) and checkpoints in
 V4.1's layout (`interop/deepseek_v41.py`). What is damaged:
@@ -15,7 +13,7 @@ A case ends well in one of three ways. `refused`: an `InputError` of one line.
 `right`: rows equal those that another reader finds in the same file, which for
 checkpoints is the safetensors library and for row files 20 lines below.
 `noticed`: a row file's rows changed, and `verify` says so. Any other end is
-counted under its own name, and the program fails.
+counted under its own name, and the test fails.
 """
 
 import collections
@@ -25,17 +23,15 @@ import pathlib
 import random
 import signal
 import struct
-import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from absl import flags
 
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError, require
@@ -47,7 +43,6 @@ from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import RowFile, write_row_file
 from engram_jax.memory.stores import FileStore
-from experiments.benchmarks import harness
 
 GOOD = ("refused", "right", "noticed")
 #: Seconds after which a case counts as hung.
@@ -94,7 +89,7 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
     for number in range(count):
       name = draw.choice(list(kinds))
       start = time.perf_counter()
-      outcome, message = _outcome(kinds[name], draw)
+      outcome, message = outcome_of(kinds[name], draw)
       slowest = max(slowest, time.perf_counter() - start)
       outcomes[name][outcome] += 1
       if outcome not in GOOD and len(failures) < 10:
@@ -111,7 +106,7 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
   }
 
 
-def _outcome(
+def outcome_of(
   case: Callable[[random.Random], str], draw: random.Random
 ) -> tuple[str, str]:
   """How a case ended, and what it said."""
@@ -395,27 +390,3 @@ def _ask(store, rows: dict[int, np.ndarray], draw: random.Random) -> str:
   if not np.array_equal(packed, rows[layer][array.astype(np.int64)]):
     raise _WrongRow(f"layer {layer}, ids {array.tolist()}")
   return "right"
-
-
-def define_flags() -> None:
-  flags.DEFINE_integer("count", 10_000, "Cases, over both formats.")
-  flags.DEFINE_integer("seed", 0, "Of the damage.")
-  out = str(harness.RESULTS / "fuzz_formats.json")
-  flags.DEFINE_string("out", out, "Where it goes.")
-
-
-def main(argv: Sequence[str]) -> None:
-  del argv
-  result = fuzz(flags.FLAGS.count, flags.FLAGS.seed)
-  rows = [
-    (name, *(ends.get(end, 0) for end in GOOD), sum(ends.values()))
-    for name, ends in result["outcomes"].items()
-  ]
-  table = harness.aligned(("damaged", *GOOD, "cases"), rows)
-  harness.publish(result, [table, *result["failures"]])
-  if result["failures"]:
-    sys.exit(1)
-
-
-if __name__ == "__main__":
-  harness.launch(define_flags, main)

@@ -1,0 +1,127 @@
+"""Models on random tokens, and their training: what several benchmarks run.
+
+Hashes are of raw token ids, without a tokenizer. Random tokens at the start of
+training do not change what a step costs, and read rows that no cache holds.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+
+from engram_jax import sharding
+from engram_jax.analysis.accounting import counting_hash
+from engram_jax.backbone.transformer import Transformer
+from engram_jax.config import ModelConfig
+from engram_jax.decoding.weights import DecodingModel, for_decoding
+from engram_jax.memory.compression import TokenCompression
+from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
+from engram_jax.training.program import Program
+from engram_jax.training.state import abstract_model
+from experiments.benchmarks import harness
+
+Batch = dict[str, jax.Array]
+#: Arrays [B, L] of a batch.
+DTYPES = {
+  "inputs": jnp.int32,
+  "targets": jnp.int32,
+  "breaks": jnp.int8,
+  "loss_mask": jnp.bool_,
+}
+
+
+def make_program(
+  model: ModelConfig,
+  train: TrainConfig,
+  *,
+  mesh: Mesh | None = None,
+  mesh_config: MeshConfig = DEFAULT_MESH,
+) -> Program:
+  """The training of a model on raw token ids."""
+  hashing = counting_hash(model)
+  return Program.create(
+    model,
+    train,
+    abstract_model(model)[0],
+    hashing=hashing,
+    compression=hashing and TokenCompression.identity(model.vocab_size),
+    mesh=mesh,
+    mesh_config=mesh_config,
+  )
+
+
+def abstract_batch(
+  batch: int, length: int, *, placed: Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and places of a batch [batch, length]."""
+  return {
+    name: jax.ShapeDtypeStruct((batch, length), dtype, sharding=placed)
+    for name, dtype in DTYPES.items()
+  }
+
+
+def make_batches(program: Program, count: int) -> list[Batch]:
+  """So many batches of random tokens, on the program's devices."""
+  train, rng = program.train, harness.rng()
+  shape = train.batch_size, train.seq_len + 1
+  batches = []
+  for _ in range(count):
+    tokens = rng.integers(0, program.model.vocab_size, shape)
+    arrays = {
+      "inputs": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "breaks": np.zeros_like(tokens[:, 1:]),
+      "loss_mask": np.ones_like(tokens[:, 1:]),
+    }
+    batch = {k: jnp.asarray(x, DTYPES[k]) for k, x in arrays.items()}
+    batches.append(sharding.place_batch(batch, program.mesh))
+  return batches
+
+
+def steps(
+  step: Callable[[Any, Batch], tuple[Any, Any]],
+  state: Any,
+  batches: list[Batch],
+) -> Callable[[], Any]:
+  """A function whose every call is one step, on the next of the batches.
+
+  Args:
+    step: donates the state that it is given.
+    state: the first.
+    batches: which come again and again.
+
+  Returns:
+    A function that returns a step's metrics when all of it is computed.
+  """
+  stream = itertools.cycle(batches)
+
+  def call():
+    nonlocal state
+    state, metrics = jax.block_until_ready(step(state, next(stream)))
+    return metrics
+
+  return call
+
+
+def random_model(config: ModelConfig) -> DecodingModel:
+  """A model as decoding takes it, with weights drawn by NumPy.
+
+  To compile the drawing of every array takes longer.
+  """
+  graph, shapes = jax.eval_shape(
+    lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(params=0)))
+  )
+  rng = harness.rng()
+
+  def draw(path, leaf):
+    if "scale" in str(path):
+      return jnp.ones(leaf.shape, leaf.dtype)
+    values = rng.standard_normal(leaf.shape, np.float32)
+    return jnp.asarray(config.init_std * values, leaf.dtype)
+
+  return for_decoding(nnx.merge(graph, jax.tree.map_with_path(draw, shapes)))
