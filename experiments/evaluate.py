@@ -99,7 +99,7 @@ def evaluate(
     own = split == "validation" and not folder
     max_batches = 0 if own else -(-TOKENS // tokens)
   most = min(max_batches or present, present)
-  modes = MEMORY_MODES if trained.hashing else MEMORY_MODES[:1]
+  modes = MEMORY_MODES if trained.memory else MEMORY_MODES[:1]
   if most < present:
     line = f"The first {most:,} of {present:,} batches; --batches=0 reads all"
     print(line, file=sys.stderr, flush=True)
@@ -116,11 +116,10 @@ def evaluate(
         advance(1)
 
     losses = losses_by_memory(
-      trained.program,
+      trained.setup,
       trained.model,
-      trained.tables,
+      store,
       batches,
-      store=store,
       prefetch=prefetch,
     )
   return {

@@ -212,10 +212,7 @@ class Subject:
   ) -> dict[str, float]:
     """Nats per token by how the memory is used."""
     model = self.program.model_of(state)
-    store = None if isinstance(store, TableStore) else store
-    return losses_by_memory(
-      self.program, model, state.tables, lambda: batches, store=store
-    )
+    return losses_by_memory(self.program, model, store, lambda: batches)
 
 
 # --- what is computed ---

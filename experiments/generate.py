@@ -18,7 +18,6 @@ from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_seed
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.stores import TableStore
 from experiments import cli, console, progress, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -52,7 +51,6 @@ def main(argv) -> None:
   elif trained.hashing is not None:
     engram = trained.config.model.engram
     memory = Memory(engram, trained.compression, trained.hashing)
-    store = store or TableStore(trained.tables)
   steps = generate(
     trained.model,
     memory,

@@ -61,9 +61,9 @@ def summarize(config, result: RunResult) -> dict:
   """Losses with and without memory, parameters, speed."""
   model = result.program.model_of(result.state)
   held_out = list(evaluation_batches(config, result.data))
-  losses = losses_by_memory(
-    result.program, model, result.state.tables, lambda: held_out
-  )
+  tables = result.state.tables
+  store = TableStore(tables) if tables else None
+  losses = losses_by_memory(result.program, model, store, lambda: held_out)
   return {
     "step": int(result.state.step),
     "validation_loss": losses,

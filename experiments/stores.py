@@ -10,7 +10,7 @@ from absl import flags
 from engram_jax.errors import require
 from engram_jax.memory.homes import open_store, reads_a_file
 from engram_jax.memory.quantization import FORMATS
-from engram_jax.memory.stores import RowStore
+from engram_jax.memory.stores import RowStore, TableStore
 from engram_jax.training.runs import TrainedModel, load_run
 from experiments import progress
 
@@ -70,8 +70,8 @@ def load(
     cache_mib: of rows kept on the device before the store.
 
   Returns:
-    The model, without tables where there is a store. That is None where nothing
-    is asked for but the device: rows are then read from the tables.
+    The model, and the store: where nothing is asked for but the device, its
+    tables; without a memory None. What another store replaces is not kept.
 
   Raises:
     InputError: what `load_run` and `open_store` refuse; a store for a model
@@ -83,7 +83,7 @@ def load(
     trained = load_run(workdir, step=step, tables=not reads_a_file(home))
   tables_do = home == "device" and row_format is None and not cache_mib
   if tables_do and not verify and not allow_other_step:
-    return trained, None
+    return trained, TableStore(trained.tables) if trained.tables else None
   valid = "device, without row_format and cache_mib: the model has no memory"
   require(trained.hashing is not None, "store", home, valid)
   with progress.waiting(f"opening {home}", announce=False):

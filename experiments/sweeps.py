@@ -11,6 +11,7 @@ from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.pipeline import held_out_batches
 from engram_jax.errors import NonFiniteError, require
+from engram_jax.memory.stores import TableStore
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
@@ -69,9 +70,9 @@ def train_once(
       most=eval_batches,
     )
   )
-  losses = losses_by_memory(
-    result.program, model, result.state.tables, lambda: held_out
-  )
+  tables = result.state.tables
+  store = TableStore(tables) if tables else None
+  losses = losses_by_memory(result.program, model, store, lambda: held_out)
   curve = read_metrics(result.folder.metrics, "eval")
   speeds = [
     record["tokens_per_second"]

@@ -1,12 +1,13 @@
 """The loss of a text, with the memory on, off, or reading the wrong rows.
 
-The rows come from the tables, in the program that computes the loss, or from a
-store, and are then fetched while the batch before is computed.
+The rows come from a store. Those of the tables are read in the setup that
+computes the loss, and under a mesh exchanged there between devices. Those of
+any other store are fetched while the batch before is computed.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,99 +22,43 @@ from engram_jax.memory.prefetch import (
   prefetched,
   read_to_device,
   require_rows,
-  row_ids_on_host,
 )
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.lookup import Tables, shuffle_row_ids
-from engram_jax.memory.stores import PackedRows, RowStore, unpack
+from engram_jax.memory.lookup import lookup_rows, require_tables, shuffle_row_ids
+from engram_jax.memory.stores import PackedRows, RowStore, TableStore, unpack
 from engram_jax.training.losses import model_loss
-from engram_jax.training.setup import Batch
-from engram_jax.training.setup import TrainSetup as Program
+from engram_jax.training.setup import Batch, TrainSetup
 
 #: How an evaluation uses the memory.
 MEMORY_MODES = ("on", "off", "shuffled")
 
-EvalStep = Callable[[Transformer, Tables, Batch], tuple[Array, Array]]
-
-
-def make_eval_step(program: Program, *, memory: str = "on") -> EvalStep:
-  """A jitted function of model, tables and batch: (sum of losses, targets).
-
-  Args:
-    program: whose hash and compression read the tables.
-    memory: "on"; "off", no Engram layer adds anything; "shuffled", every
-      position reads the rows of another one, so that they are real rows that
-      mean nothing here.
-
-  Raises:
-    InputError: an unknown memory mode.
-  """
-  valid = f"one of {', '.join(MEMORY_MODES)}"
-  require(memory in MEMORY_MODES, "memory", memory, valid)
-
-  @functools.partial(jax.jit, static_argnames="capacity")
-  def evaluate(model, tables, batch, *, capacity):
-    with sharding.use(program.mesh):
-      row_ids = {} if memory == "off" else program.row_ids(batch)
-      if row_ids and memory == "shuffled":
-        row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
-      read = program.read(tables, row_ids, capacity=capacity)
-      loss, _ = model_loss(
-        model,
-        read.rows,
-        batch,
-        chunk=program.train.loss_chunk,
-        dispatch=program.model.dropless_dispatch,
-      )
-      needed = 0 if read.plan is None else read.plan.needed
-      return loss, jnp.sum(batch["loss_mask"]), needed
-
-  def step(model: Transformer, tables: Tables, batch: Batch):
-    nonlocal room
-    batch = sharding.place_batch(batch, program.mesh)
-    room = room or program.capacity(batch)
-    while True:
-      *result, needed = evaluate(model, tables, batch, capacity=room.rows)
-      if room.rows is None or room.suffices(jax.device_get(needed)):
-        return tuple(result)
-
-  room = None
-  return step
-
 
 def losses_by_memory(
-  program: Program,
+  setup: TrainSetup,
   model: Transformer,
-  tables: Tables,
+  store: RowStore | None,
   batches: Callable[[], Iterable[Batch]],
   *,
-  store: RowStore | None = None,
   prefetch: bool = True,
 ) -> dict[str, float]:
   """`mean_loss` with the memory used in each of `MEMORY_MODES`.
 
   Args:
-    program: what was trained; one without a memory has the mode "on" alone.
+    setup: what was trained; one without a memory has the mode "on" alone.
     model: the transformer.
-    tables: [R, d] per Engram layer; of no use with a store.
+    store: where the rows live; None without a memory.
     batches: gives the same batches at each call.
-    store: where the rows live instead.
-    prefetch: see `mean_loss_from_store`.
+    prefetch: see `batch_losses`.
 
   Raises:
     InputError: as `mean_loss`.
     NonFiniteError: a loss is not finite; the message has mode and batch.
   """
   losses = {}
-  for memory in MEMORY_MODES if program.hashing else ("on",):
+  for memory in MEMORY_MODES if setup.memory else ("on",):
     try:
-      if store is None or memory == "off":
-        step = make_eval_step(program, memory=memory)
-        losses[memory] = mean_loss(step, model, tables, batches())
-      else:
-        losses[memory] = mean_loss_from_store(
-          program, model, store, batches(), memory=memory, prefetch=prefetch
-        )
+      losses[memory] = mean_loss(
+        setup, model, store, batches(), memory=memory, prefetch=prefetch
+      )
     except NonFiniteError as error:
       line = f"evaluation with the memory {memory}: {error}"
       raise NonFiniteError(line) from None
@@ -121,85 +66,116 @@ def losses_by_memory(
 
 
 def mean_loss(
-  eval_step: EvalStep,
+  setup: TrainSetup,
   model: Transformer,
-  tables: Tables,
-  batches: Iterable[Batch],
-) -> float:
-  """Nats per token over batches, every target counted once.
-
-  Args:
-    eval_step: from `make_eval_step`.
-    model: the transformer.
-    tables: [R, d] per Engram layer.
-    batches: with masked padding or without.
-
-  Raises:
-    InputError: no target in any batch.
-    NonFiniteError: a batch's loss is not finite.
-  """
-  return _mean(eval_step(model, tables, batch) for batch in batches)
-
-
-def batch_row_ids(program: Program, batch: Batch) -> dict[int, np.ndarray]:
-  """int64 [B, L, K] per Engram layer, what a batch reads; on the host."""
-  canonical = program.compression(np.asarray(batch["inputs"]))
-  return row_ids_on_host(program.hashing, canonical, breaks=batch["breaks"])
-
-
-def make_packed_eval_step(
-  program: Program, row_format: RowFormat
-) -> Callable[[Transformer, PackedRows, Batch], tuple[Array, Array]]:
-  """As `make_eval_step`, of a batch's packed rows instead of the tables."""
-
-  @jax.jit
-  def evaluate(model, packed, batch):
-    loss, _ = model_loss(
-      model,
-      unpack(packed, row_format),
-      batch,
-      chunk=program.train.loss_chunk,
-      dispatch=program.model.dropless_dispatch,
-    )
-    return loss, jnp.sum(batch["loss_mask"])
-
-  return evaluate
-
-
-def mean_loss_from_store(
-  program: Program,
-  model: Transformer,
-  store: RowStore,
+  store: RowStore | None,
   batches: Iterable[Batch],
   *,
   memory: str = "on",
   prefetch: bool = True,
 ) -> float:
-  """As `mean_loss`, with rows of any home.
+  """Nats per token over batches, every target counted once.
 
   Args:
-    program: whose hash and compression read the rows; of one device.
+    setup: see `batch_losses`, as for all that follow.
     model: the transformer.
-    store: the rows' home.
+    store: where the rows live.
     batches: with masked padding or without.
-    memory: "on" or "shuffled"; see `make_eval_step`.
-    prefetch: read a batch's rows on a thread while the one before is computed.
+    memory: how it is used.
+    prefetch: whether a thread reads ahead.
 
   Raises:
-    InputError: as `mean_loss`; no such use of the memory, a store of other
-      rows than the hash's, or a program of several devices.
+    InputError: no target in any batch; what `batch_losses` refuses.
+    NonFiniteError: a batch's loss is not finite.
   """
-  require(memory in ("on", "shuffled"), "memory", memory, "on or shuffled")
-  name = type(store).__name__
-  require(program.hashing is not None, "store", name, "None without a memory")
-  valid = "None on a mesh: its tables lie on all devices"
-  require(program.mesh is None, "store", name, valid)
-  require_rows(store, program.hashing)
+  total, targets = 0.0, 0
+  losses = batch_losses(
+    setup, model, store, batches, memory=memory, prefetch=prefetch
+  )
+  for i, pair in enumerate(losses):
+    loss, count = jax.device_get(pair)
+    require_finite(f"loss of batch {i}", loss)
+    total, targets = total + float(loss), targets + int(count)
+  require(targets > 0, "batches", "no target", "at least one target")
+  return total / targets
 
-  evaluate = make_packed_eval_step(program, store.row_format)
+
+def batch_losses(
+  setup: TrainSetup,
+  model: Transformer,
+  store: RowStore | None,
+  batches: Iterable[Batch],
+  *,
+  memory: str = "on",
+  prefetch: bool = True,
+) -> Iterator[tuple[Array, Array]]:
+  """The sum of losses and the number of targets of each batch.
+
+  Args:
+    setup: whose hash and compression name the rows.
+    model: the transformer; nothing is donated.
+    store: where the rows live; under a mesh a `TableStore`. None without a
+      memory.
+    batches: with masked padding or without.
+    memory: "on"; "off", no Engram layer adds anything; "shuffled", every
+      position reads the rows of another one, so that they are real rows that
+      mean nothing here.
+    prefetch: read a batch's rows on a thread while the one before is computed.
+      Of no use to a `TableStore`.
+
+  Returns:
+    An iterator; bad arguments are refused at the call.
+
+  Raises:
+    InputError: an unknown use of the memory, a store that is missing, that has
+      other rows than the hash's, or that no mesh can read.
+  """
+  valid = f"one of {', '.join(MEMORY_MODES)}"
+  require(memory in MEMORY_MODES, "memory", memory, valid)
+  name = "None" if store is None else type(store).__name__
+  if setup.memory is None:
+    require(store is None, "store", name, "None without a memory")
+  elif memory != "off":
+    require(store is not None, "store", name, "the memory's rows")
+  if store is not None:
+    valid = "a TableStore on a mesh: its tables lie on all devices"
+    ok = setup.mesh is None or isinstance(store, TableStore)
+    require(ok, "store", name, valid)
+    require_rows(store, setup.memory.hashing)
+  if memory == "off":
+    store = None
+  if store is None or isinstance(store, TableStore):
+    return _losses_of_tables(setup, model, store, batches, memory)
+  return _losses_of_rows(setup, model, store, batches, memory, prefetch)
+
+
+def batch_row_ids(setup: TrainSetup, batch: Batch) -> dict[int, np.ndarray]:
+  """int64 [B, L, K] per Engram layer, what a batch reads; on the host."""
+  return setup.memory.row_ids_numpy(batch["inputs"], breaks=batch["breaks"])
+
+
+def _losses_of_tables(setup, model, store, batches, memory):
+  """Of rows that the setup of the loss reads; or of none."""
+  tables, room = {} if store is None else store.tables, None
+  for batch in batches:
+    batch = sharding.place_batch(batch, setup.mesh)
+    room = room or setup.lookup_capacity(batch)
+    while True:
+      *result, needed = _table_loss(
+        setup, model, tables, batch, memory=memory, capacity=room.rows
+      )
+      needed = jax.device_get(needed)
+      if room.suffices(needed):
+        break
+      room = room.grown(needed)
+    yield tuple(result)
+
+
+def _losses_of_rows(setup, model, store, batches, memory, prefetch):
+  """Of rows that are fetched before."""
 
   def row_ids(batch: Batch):
-    found = batch_row_ids(program, batch)
+    found = batch_row_ids(setup, batch)
     if memory == "on":
       return found
     return shuffle_row_ids(jax.random.key(0), found)
@@ -212,15 +188,39 @@ def mean_loss_from_store(
       )
     else:
       pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)
-    return _mean(evaluate(model, rows, batch) for batch, rows in pairs)
+    for batch, packed in pairs:
+      yield _row_loss(
+        setup, model, packed, batch, row_format=store.row_format
+      )
 
 
-def _mean(losses: Iterable[tuple[Array, Array]]) -> float:
-  """The mean over targets of (sum of losses, targets)."""
-  total, targets = 0.0, 0
-  for i, pair in enumerate(losses):
-    loss, count = jax.device_get(pair)
-    require_finite(f"loss of batch {i}", loss)
-    total, targets = total + float(loss), targets + int(count)
-  require(targets > 0, "batches", "no target", "at least one target")
-  return total / targets
+# Static by identity: a later evaluation of the same run compiles nothing.
+@functools.partial(jax.jit, static_argnames=("setup", "memory", "capacity"))
+def _table_loss(setup, model, tables, batch, *, memory, capacity):
+  with sharding.use(setup.mesh):
+    if setup.memory is None or memory == "off":
+      return *_loss(setup, model, None, batch), 0
+    require_tables(tables, setup.memory.num_rows)
+    row_ids = setup.memory.row_ids(batch["inputs"], breaks=batch["breaks"])
+    if memory == "shuffled":
+      row_ids = shuffle_row_ids(jax.random.key(0), row_ids)
+    strategy = setup.lookup_strategy(batch)
+    found = lookup_rows(tables, row_ids, strategy=strategy, capacity=capacity)
+    needed = 0 if found.capacity is None else found.capacity_needed
+    return *_loss(setup, model, found.rows, batch), needed
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "row_format"))
+def _row_loss(setup, model, packed: PackedRows, batch, *, row_format):
+  return _loss(setup, model, unpack(packed, row_format), batch)
+
+
+def _loss(setup, model, rows, batch):
+  loss, _ = model_loss(
+    model,
+    rows,
+    batch,
+    chunk=setup.train.loss_chunk,
+    dispatch=setup.model.dropless_dispatch,
+  )
+  return loss, jnp.sum(batch["loss_mask"])

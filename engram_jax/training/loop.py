@@ -33,11 +33,12 @@ from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.stores import TableStore
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import require_own_files
-from engram_jax.training.evaluation import make_eval_step, mean_loss
+from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.init_from import (
@@ -334,7 +335,6 @@ class _Loop:
     self.saved, self.setup = saved, setup
     self.evaluation, self.run_metadata = evaluation, run_metadata
     self.writer = writer
-    self.eval_step = make_eval_step(setup)
     self.compile_seconds = 0.0
     self.seconds = 0.0  # of steps alone
     self.steps = self.tokens = self.skipped = 0
@@ -432,9 +432,9 @@ class _Loop:
     if every and (step % every == 0 or saves):
       try:
         loss = mean_loss(
-          self.eval_step,
+          self.setup,
           self.setup.merge_model(state),
-          state.tables,
+          TableStore(state.tables) if state.tables else None,
           self.evaluation,
         )
       except NonFiniteError as error:

@@ -33,14 +33,14 @@ from engram_jax.analysis.plots import plot_lines
 from engram_jax.config import ModelConfig
 from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import prepare
-from engram_jax.decoding.decoders import Decoder, StoreDecoder, TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hot_rows import CachedStore
-from engram_jax.memory.prefetch import Prefetcher
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.row_files import RowFile
-from engram_jax.memory.stores import FileStore
+from engram_jax.memory.stores import FileStore, TableStore
 from engram_jax.presets import preset as find_preset
 from experiments.benchmarks import fixtures, harness
 from experiments.benchmarks.models import random_model
@@ -138,11 +138,17 @@ def compare(
   hashing, parts = counting_hash(model), dict(prompt=prompt, before=before)
   weights = random_model(model)
   compression = TokenCompression.identity(model.vocab_size)
-  small = counting_hash(fixtures.with_rows(model, few))
+  memory = Memory(model.engram, compression, hashing)
+  fewer = fixtures.with_rows(model, few)
+  small = counting_hash(fewer)
   row_format = RowFile(path, hashing=hashing).header.row_format
   tables = fixtures.make_rows(small.num_rows, row_format)
   tables = fixtures.to_tables(tables, row_format)
-  resident = TableDecoder(weights, tables, small, compression)
+  resident = Decoder(
+    weights,
+    Memory(fewer.engram, compression, small),
+    TableStore(tables),
+  )
   timed(resident, text, **parts)  # compiles
   count = text[:, prompt + before :].size
   points, scales = [], []
@@ -165,8 +171,7 @@ def compare(
         fixtures.forget_pages(store)
       marks.append(counts())
 
-    with Prefetcher(cache or store) as rows:
-      decoder = StoreDecoder(weights, rows, hashing, compression)
+    with Decoder(weights, memory, cache or store) as decoder:
       speed = timed(decoder, text, at_mark, **parts)
     read, hits, misses = (counts() - marks[0]).tolist()
     found = {"tokens_per_s": speed, "rows_read_per_token": read / count}

@@ -18,7 +18,7 @@ from engram_jax import sharding
 from engram_jax.analysis.accounting import counting_hash
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
-from engram_jax.decoding.weights import for_decoding
+from engram_jax.decoding.weights import DecodingModel, for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.program import Program
@@ -108,7 +108,7 @@ def steps(
   return call
 
 
-def random_model(config: ModelConfig) -> Transformer:
+def random_model(config: ModelConfig) -> DecodingModel:
   """A model as decoding takes it, with weights drawn by NumPy.
 
   To compile the drawing of every array takes longer.

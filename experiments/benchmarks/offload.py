@@ -45,19 +45,17 @@ import numpy as np
 
 from engram_jax.analysis.accounting import counting_hash
 from engram_jax.analysis.plots import plot_lines
-from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.decoders import (
   Decoded,
   Decoder,
-  StoreDecoder,
-  TableDecoder,
 )
 from engram_jax.decoding.generate import pad_prompts
+from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.prefetch import Prefetcher
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import (
   DeviceStore,
@@ -65,6 +63,7 @@ from engram_jax.memory.stores import (
   HostStore,
   PinnedStore,
   RowStore,
+  TableStore,
 )
 from engram_jax.presets import preset as find_preset
 from experiments.benchmarks import harness
@@ -122,11 +121,16 @@ class Subject:
     new_tokens: decoded after the last batch.
   """
 
-  model: Transformer
+  model: DecodingModel
   hashing: NgramHash
   compression: TokenCompression
   batches: list[tuple[jax.Array, jax.Array]]
   new_tokens: int
+
+  @property
+  def memory(self) -> Memory:
+    engram = self.model.config.engram
+    return Memory(engram, self.compression, self.hashing)
 
   @property
   def capacity(self) -> int:
@@ -254,10 +258,11 @@ def resident_decoder(
   packed: bool,
 ) -> Decoder:
   """Rows in the device's memory: as the packed ones, or as float32 tables."""
-  parts = subject.hashing, subject.compression
   if packed:
-    return StoreDecoder(subject.model, DeviceStore(rows, row_format), *parts)
-  return TableDecoder(subject.model, to_tables(rows, row_format), *parts)
+    store = DeviceStore(rows, row_format)
+  else:
+    store = TableStore(to_tables(rows, row_format))
+  return Decoder(subject.model, subject.memory, store)
 
 
 def compare(
@@ -289,15 +294,15 @@ def compare(
   slow = {
     f"{delay:g} ms": SlowStore(host, delay_s=delay / 1e3) for delay in delays_ms
   }
-  parts = subject.hashing, subject.compression
   decoders = {
     "resident": resident_decoder(subject, rows, row_format, packed=packed)
   }
   with contextlib.ExitStack() as threads:
     for name, store in (stores | slow).items():
-      ahead = threads.enter_context(Prefetcher(store))
-      decoders[name] = StoreDecoder(subject.model, store, *parts)
-      decoders[name + PREFETCH] = StoreDecoder(subject.model, ahead, *parts)
+      for label, prefetch in ((name, False), (name + PREFETCH, True)):
+        decoders[label] = threads.enter_context(
+          Decoder(subject.model, subject.memory, store, prefetch=prefetch)
+        )
     cases = in_turns(subject, decoders, repeats=repeats)
   latency = []
   for delay, name in zip(delays_ms, slow):

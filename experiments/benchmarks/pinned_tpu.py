@@ -39,16 +39,12 @@ from jax.sharding import Sharding
 from engram_jax.analysis import compiled as analysis
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.decoders import Decoded
-from engram_jax.decoding.state import (
-  DecodeState,
-  begin,
-  check_state,
-  finish,
-  init_state,
-)
+from engram_jax.decoding.forward import lower_blocks, upper_blocks
+from engram_jax.decoding.state import DecodeState, init_state
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.pinned import gather_on_host, pinned_format
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.stores import PackedRows, unpack
@@ -74,7 +70,7 @@ def make_step(
   *,
   home: str,
 ) -> Step:
-  """A jitted `prefill` of packed tables in a home of `GATHERS`.
+  """A jitted step of decoding with packed tables in a home of `GATHERS`.
 
   Its arguments are model, tables (uint8 [R, n] per layer), state, token ids
   [B, L] and lengths [B]; the state is donated.
@@ -83,13 +79,12 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnames="state")
   def step(model, tables, state, token_ids, lengths):
-    check_state(hashing, compression, state)
     canonical = compression(token_ids)
     row_ids = hashing.hash(canonical, history=state.history)
     packed = {layer: gather(tables[layer], i) for layer, i in row_ids.items()}
     rows = unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
-    begun, cache = begin(model, state.cache, token_ids)
-    logits, cache = finish(model, begun, cache, rows, lengths)
+    streams, cache = lower_blocks(model, state.cache, token_ids)
+    logits, cache = upper_blocks(model, streams, cache, rows, lengths)
     history = hashing.next_history(
       canonical, history=state.history, lengths=lengths
     )
@@ -117,11 +112,13 @@ def abstract_arguments(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
 
+  compression = TokenCompression.identity(hashing.vocab_size)
+  memory = Memory(model.engram, compression, hashing)
   graph, params, balance = abstract_model(model)
   model = nnx.merge(graph, params, balance)
   model = jax.eval_shape(for_decoding, model)
   state = jax.eval_shape(
-    lambda model: init_state(model, hashing, batch=batch, capacity=capacity),
+    lambda model: init_state(model, memory, batch=batch, capacity=capacity),
     model,
   )
   size = row_format.bytes_per_row

@@ -29,15 +29,12 @@ from engram_jax.data.pipeline import held_out_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError, require
 from engram_jax.memory.homes import pack_tables
-from engram_jax.memory.prefetch import read_to_device
 from engram_jax.memory.quantization import FORMATS, RowFormat, unpack_rows
-from engram_jax.memory.stores import HostStore, RowStore
+from engram_jax.memory.stores import HostStore, RowStore, TableStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
-  EvalStep,
+  batch_losses,
   batch_row_ids,
-  make_eval_step,
-  make_packed_eval_step,
 )
 from engram_jax.training.program import Batch, Program
 from engram_jax.training.runs import RunFolder, TrainedModel, load_run
@@ -54,23 +51,22 @@ FLAGS = {
 Losses = np.ndarray
 
 
-def store_step(program: Program, store: RowStore) -> EvalStep:
-  """As `make_eval_step`, with the store's rows in place of the tables'."""
-  evaluate = make_packed_eval_step(program, store.row_format)
-
-  def step(model, tables, batch):
-    del tables
-    rows = read_to_device(store, batch_row_ids(program, batch))
-    return evaluate(model, rows, batch)
-
-  return step
-
-
 def losses_of(
-  step: EvalStep, trained: TrainedModel, batches: Sequence[Batch]
+  trained: TrainedModel,
+  store: RowStore,
+  batches: Sequence[Batch],
+  *,
+  memory: str = "on",
 ) -> Losses:
-  found = [step(trained.model, trained.tables, batch) for batch in batches]
-  return np.array(jax.device_get(found), np.float64)
+  found = batch_losses(
+    trained.program,
+    trained.model,
+    store,
+    batches,
+    memory=memory,
+    prefetch=False,
+  )
+  return np.array(jax.device_get(list(found)), np.float64)
 
 
 def mean(losses: Losses) -> float:
@@ -149,8 +145,9 @@ def compare(trained: TrainedModel, batches: Sequence[Batch]) -> harness.Figures:
   found, valid = len(batches), "2 or more: an error is over batches"
   require(found >= 2, "batches", found, valid)
   program = trained.program
+  store = TableStore(trained.tables)
   losses = {
-    memory: losses_of(make_eval_step(program, memory=memory), trained, batches)
+    memory: losses_of(trained, store, batches, memory=memory)
     for memory in MEMORY_MODES
   }
   on, reads = mean(losses["on"]), reads_of(program, batches)
@@ -162,8 +159,7 @@ def compare(trained: TrainedModel, batches: Sequence[Batch]) -> harness.Figures:
     except InputError as error:
       formats[name] = {"refused": str(error)}
       continue
-    step = store_step(program, HostStore(packed, fmt))
-    by_store = losses_of(step, trained, batches)
+    by_store = losses_of(trained, HostStore(packed, fmt), batches)
     base = by_store if base is None else base  # float32 comes first
     difference, deviation = paired(by_store, base)
     formats[name] = {

@@ -23,10 +23,11 @@ from engram_jax.config import (
 )
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.stores import TableStore
 from engram_jax.memory.table import init_table
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training import runs
-from engram_jax.training.evaluation import make_eval_step
+from engram_jax.training.evaluation import batch_losses
 from engram_jax.training.program import Program
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten, unflatten
@@ -157,8 +158,9 @@ def run(program):
       grown += 1
       continue
     metrics.append(observed)
-  evaluation = make_eval_step(program)(
-    program.model_of(state), state.tables, make_batch(99)
+  store = TableStore(state.tables) if state.tables else None
+  (evaluation,) = batch_losses(
+    program, program.model_of(state), store, [make_batch(99)]
   )
   flat = {name: np.asarray(x) for name, x in flatten(state).items()}
   return flat, metrics, jax.device_get(evaluation), grown

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from engram_jax.analysis.accounting import counting_hash
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import InputError
 from engram_jax.memory.prefetch import row_ids_on_host
 from engram_jax.memory.quantization import RowFormat
 from engram_jax.memory.row_file_headers import Header
 from engram_jax.memory.row_files import write_row_file
-from engram_jax.memory.stores import DeviceStore, FileStore, HostStore
+from engram_jax.memory.stores import (
+  DeviceStore,
+  FileStore,
+  HostStore,
+  TableStore,
+)
 from experiments.benchmarks import fixtures, larger_than_memory, offload
 from tests.experiments.micro import experiment
 
@@ -83,13 +88,12 @@ def test_every_figure_is_there(subject, row_format, tmp_path, packed):
 
 
 def test_other_tokens_are_an_error(subject, row_format):
-  parts = subject.hashing, subject.compression
   rows = fixtures.make_rows(subject.hashing.num_rows, row_format)
   tables = fixtures.to_tables(rows, row_format)
   # The head is small: rows this loud change what is drawn.
   wrong = {i: 100 * table[::-1] for i, table in tables.items()}
   decoders = {
-    name: TableDecoder(subject.model, rows, *parts)
+    name: Decoder(subject.model, subject.memory, TableStore(rows))
     for name, rows in (("one", tables), ("other", wrong))
   }
   with pytest.raises(RuntimeError, match=r"^other: other tokens than one$"):

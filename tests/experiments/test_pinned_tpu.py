@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.decoding.decoders import TableDecoder
+from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.state import init_state
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.homes import pack_tables
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.quantization import unpack_rows
-from engram_jax.memory.stores import DeviceStore, PinnedStore
+from engram_jax.memory.stores import DeviceStore, PinnedStore, TableStore
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
 from experiments.benchmarks.models import make_program
@@ -69,7 +70,8 @@ def steps_of(tiny, home, name):
   tables = STORES[home](packed, row_format).tables
   step = pinned_tpu.make_step(hashing, compression, row_format, home=home)
   model = for_decoding(model)
-  state = init_state(model, hashing, batch=2, capacity=16)
+  memory = Memory(micro().model.engram, compression, hashing)
+  state = init_state(model, memory, batch=2, capacity=16)
   logits = []
   for tokens, lengths in CHUNKS:
     found, state = step(model, tables, state, tokens, lengths)
@@ -90,7 +92,8 @@ def test_the_steps_are_those_of_a_table_decoder(tiny, name):
   model, tables, hashing, compression = tiny
   packed, row_format = pack_tables(tables, hashing, name)
   kept = {i: jnp.asarray(unpack_rows(x, row_format)) for i, x in packed.items()}
-  decoder = TableDecoder(model, kept, hashing, compression)
+  memory = Memory(micro().model.engram, compression, hashing)
+  decoder = Decoder(model, memory, TableStore(kept))
   state, expected = decoder.init_state(2, 16), []
   for chunk in CHUNKS:
     logits, state = decoder.start(state, *chunk)()

@@ -11,7 +11,7 @@ from flax import nnx
 from engram_jax.errors import InputError
 from engram_jax.memory.homes import open_store
 from engram_jax.memory.quantization import FORMATS, RowFormat, pack_rows
-from engram_jax.training.evaluation import mean_loss_from_store
+from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.runs import new_state
 from experiments.benchmarks import row_formats
 from experiments.benchmarks.models import make_program
@@ -82,7 +82,7 @@ def test_losses_are_those_of_an_evaluation(trained, batches, found):
   assert len(set(found["loss"].values())) == 3
   assert found["worth"] == found["loss"]["off"] - found["loss"]["on"]
   store = open_store("host", trained.tables, trained.hashing, row_format="fp8")
-  loss = mean_loss_from_store(trained.program, trained.model, store, batches)
+  loss = mean_loss(trained.program, trained.model, store, batches)
   fp8, float32 = found["formats"]["fp8"], found["formats"]["float32"]
   assert fp8["loss"] == pytest.approx(loss, rel=1e-6)
   assert fp8["difference"] == pytest.approx(loss - float32["loss"], abs=1e-6)

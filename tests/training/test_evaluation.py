@@ -9,12 +9,12 @@ import pytest
 
 from engram_jax.errors import InputError
 from engram_jax.memory.homes import open_store
+from engram_jax.memory.stores import TableStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
+  batch_losses,
   losses_by_memory,
-  make_eval_step,
   mean_loss,
-  mean_loss_from_store,
 )
 from engram_jax.training.losses import cross_entropy
 from engram_jax.training.state import flatten
@@ -27,14 +27,23 @@ def batch(make_batch):
 
 @pytest.fixture(scope="module")
 def weights(tiny):
-  """Model and tables."""
+  """Model and store of its tables."""
   state = tiny.state()
-  return tiny.program.model_of(state), state.tables
+  return tiny.program.model_of(state), TableStore(state.tables)
 
 
 @pytest.fixture(scope="module")
 def steps(tiny):
-  return {m: make_eval_step(tiny.program, memory=m) for m in MEMORY_MODES}
+  """The loss of one batch and its targets, by the use of the memory."""
+
+  def of(memory):
+    def step(model, store, batch):
+      (pair,) = batch_losses(tiny.program, model, store, [batch], memory=memory)
+      return pair
+
+    return step
+
+  return {memory: of(memory) for memory in MEMORY_MODES}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,8 @@ def test_it_is_the_loss_of_the_model(tiny, steps, weights, losses, batch):
       found[mode] = cross_entropy(out.logits, targets, mask)
     return found
 
-  for mode, loss in expected(*weights, batch).items():
+  model, store = weights
+  for mode, loss in expected(model, store.tables, batch).items():
     np.testing.assert_allclose(losses[mode], loss, rtol=1e-5)
   assert len({float(x) for x in losses.values()}) == 3
   for step in steps.values():
@@ -65,17 +75,17 @@ def test_it_is_the_loss_of_the_model(tiny, steps, weights, losses, batch):
 
 
 def test_without_memory_no_table_is_read(steps, weights, losses, batch):
-  model, tables = weights
-  broken = {i: x * jnp.nan for i, x in tables.items()}
+  model, store = weights
+  broken = jax.tree.map(lambda x: x * jnp.nan, store)
   assert steps["off"](model, broken, batch)[0] == losses["off"]
   for mode in ("on", "shuffled"):
     assert jnp.isnan(steps[mode](model, broken, batch)[0])
 
 
 def test_shuffled_rows_are_rows_of_the_table(steps, weights, batch):
-  model, tables = weights
+  model, store = weights
   # With every row alike it does not matter which one is read.
-  alike = {i: jnp.broadcast_to(x[:1], x.shape) for i, x in tables.items()}
+  alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), store)
   on, shuffled = (
     steps[mode](model, alike, batch)[0] for mode in ("on", "shuffled")
   )
@@ -88,28 +98,28 @@ def test_no_assignment_is_dropped(make_tiny, tiny, weights, losses, batch):
   )
   bucketed = make_tiny(model={"moe": tight}).program
   model = bucketed.model_of(tiny.state())
-  total, _ = make_eval_step(bucketed)(model, weights[1], batch)
+  ((total, _),) = batch_losses(bucketed, model, weights[1], [batch])
   np.testing.assert_allclose(total, losses["on"], rtol=1e-6)
 
 
 def test_nothing_is_donated(steps, weights, batch):
-  model, tables = weights
-  steps["on"](model, tables, batch)
-  assert not any(x.is_deleted() for x in tables.values())
+  model, store = weights
+  steps["on"](model, store, batch)
+  assert not any(x.is_deleted() for x in store.tables.values())
   assert not any(x.is_deleted() for x in flatten(model).values())
 
 
-def test_every_target_counts_once(steps, weights, batch):
+def test_every_target_counts_once(tiny, steps, weights, batch):
   # The second batch has fewer targets, and then less weight.
   fewer = batch | {"loss_mask": batch["loss_mask"].at[1:].set(False)}
   none = batch | {"loss_mask": jnp.zeros_like(batch["loss_mask"])}
   pairs = [steps["on"](*weights, b) for b in (batch, fewer)]
   expected = sum(float(s) for s, _ in pairs) / sum(int(n) for _, n in pairs)
-  found = mean_loss(steps["on"], *weights, [batch, none, fewer])
+  found = mean_loss(tiny.program, *weights, [batch, none, fewer])
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   for empty in ([], [none]):
     with pytest.raises(InputError, match=r"^batches: no target; valid: at lea"):
-      mean_loss(steps["on"], *weights, empty)
+      mean_loss(tiny.program, *weights, empty)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -117,16 +127,11 @@ def test_a_store_gives_the_losses_of_the_tables(
   tiny, weights, losses, batch, prefetch
 ):
   program, (model, tables) = tiny.program, weights
-  store = open_store("host", tables, program.hashing)
+  store = open_store("host", tables.tables, program.hashing)
   fewer = batch | {"loss_mask": batch["loss_mask"].at[1:].set(False)}
   expected = losses_by_memory(program, *weights, lambda: [batch, fewer])
   found = losses_by_memory(
-    program,
-    model,
-    {},
-    lambda: [batch, fewer],
-    store=store,
-    prefetch=prefetch,
+    program, model, store, lambda: [batch, fewer], prefetch=prefetch
   )
   assert found == expected
   assert list(found) == list(MEMORY_MODES)
@@ -134,15 +139,25 @@ def test_a_store_gives_the_losses_of_the_tables(
 
 
 def test_a_store_that_does_not_fit_is_refused(tiny, make_tiny, weights):
-  program, (model, tables) = tiny.program, weights
-  store = open_store("host", tables, program.hashing)
-  with pytest.raises(InputError, match=r"^memory: off; valid: on or shuffled"):
-    mean_loss_from_store(program, model, store, [], memory="off")
+  program, (model, store) = tiny.program, weights
+
+  def refused(line):
+    return pytest.raises(InputError, match=f"^{line}")
+
   plain = make_tiny(memory=False).program
-  with pytest.raises(InputError, match=r"^store: HostStore; valid: None witho"):
-    mean_loss_from_store(plain, model, store, [])
+  with refused("store: TableStore; valid: None without a memory"):
+    mean_loss(plain, model, store, [])
+  for memory in ("on", "shuffled"):
+    with refused("store: None; valid: the memory's rows"):
+      mean_loss(program, model, None, [], memory=memory)
+  other = TableStore({5: store.tables[0]})
+  with refused(r"store.layers: \[5\]; valid: rows of the layers \[0\]"):
+    mean_loss(program, model, other, [])
+  with refused("memory: none; valid: one of on, off, shuffled"):
+    mean_loss(program, model, store, [], memory="none")
 
 
-def test_an_unknown_use_of_the_memory_is_refused(tiny):
-  with pytest.raises(InputError, match=r"^memory: none; valid: one of on, off"):
-    make_eval_step(tiny.program, memory="none")
+def test_without_memory_no_store_is_asked_for(tiny, losses, weights, batch):
+  model, _ = weights
+  ((loss, _),) = batch_losses(tiny.program, model, None, [batch], memory="off")
+  assert loss == losses["off"]

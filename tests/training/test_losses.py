@@ -9,7 +9,8 @@ import pytest
 
 from engram_jax.analysis.compiled import memory_report
 from engram_jax.errors import InputError
-from engram_jax.training.evaluation import make_eval_step
+from engram_jax.memory.stores import TableStore
+from engram_jax.training.evaluation import batch_losses
 from engram_jax.training.losses import chunked_cross_entropy, cross_entropy
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
@@ -171,10 +172,11 @@ def test_a_training_step(tiny, train_step, in_chunks, make_batch):
 
 def test_an_evaluation(tiny, in_chunks, make_batch):
   state, batch = tiny.state(), make_batch()
-  model = tiny.setup.model_of(state)
-  found, expected = (
-    make_eval_step(program)(model, state.tables, batch)
-    for program in (in_chunks, tiny.setup)
+  model = tiny.setup.merge_model(state)
+  store = TableStore(state.tables)
+  (found,), (expected,) = (
+    batch_losses(setup, model, store, [batch])
+    for setup in (in_chunks, tiny.setup)
   )
   np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
   assert found[1] == expected[1]
