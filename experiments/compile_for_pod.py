@@ -43,7 +43,7 @@ from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.run_config import ExperimentConfig, MeshConfig
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
@@ -164,7 +164,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 # --- the step ---
 
 
-def make_program(config: ExperimentConfig, mesh: Mesh | None) -> Program:
+def make_program(config: ExperimentConfig, mesh: Mesh | None) -> TrainSetup:
   """The training program; its hash is over raw token ids, without tokenizer."""
   return models.make_program(
     config.model, config.train, mesh=mesh, mesh_config=config.mesh

@@ -50,7 +50,7 @@ from engram_jax.memory.stores import TableStore
 from engram_jax.presets import preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import new_state
 from engram_jax.training.state import abstract_model, flatten
 from engram_jax.training.step import make_train_step
@@ -107,7 +107,7 @@ class Subject:
     )
     self.memory = Memory(memory, self.compression, self.hashing)
     graph, _, _ = abstract_model(model)
-    self.program = Program.create(
+    self.setup = TrainSetup.create(
       model,
       train,
       graph,
@@ -118,16 +118,16 @@ class Subject:
     )
 
   def new_state(self) -> State:
-    return new_state(self.program)
+    return new_state(self.setup)
 
   def take_steps(
     self, state: State, batches: list[Mapping[str, Any]]
   ) -> tuple[State, list[Mapping[str, Any]]]:
     """The state after a step on each batch, and the steps' metrics."""
-    mesh, taken = self.program.mesh, []
+    mesh, taken = self.setup.mesh, []
     batches = [sharding.place_batch(batch, mesh) for batch in batches]
-    capacity = self.program.capacity(batches[0]).rows
-    step = make_train_step(self.program, capacity=capacity)
+    capacity = self.setup.capacity(batches[0]).rows
+    step = make_train_step(self.setup, capacity=capacity)
     for batch in batches:
       state, metrics = step(state, batch)
       metrics = jax.device_get(metrics)
@@ -182,7 +182,7 @@ class Subject:
   ) -> list[list[int]]:
     """The tokens with which the model goes on; without a store, alone."""
     return generate_all(
-      self.program.model_of(state),
+      self.setup.merge_model(state),
       self.memory if store else None,
       store,
       prompts,
@@ -194,10 +194,10 @@ class Subject:
     self, state: State, store: Store, prompts: list[list[int]], steps: int
   ) -> list[np.ndarray]:
     """The logits of a prompt and of some tokens after it."""
-    model = self.program.model_of(state)
+    model = self.setup.merge_model(state)
     decoder = Decoder(model, self.memory, store, prefetch=False)
     decoding = decoder.init_state(len(prompts), 64)
-    vocab_size = self.program.model.vocab_size
+    vocab_size = self.setup.model.vocab_size
     padded = pad_prompts(prompts, vocab_size=vocab_size)
     logits, decoding = decoder.start(decoding, *padded)()
     found = [np.asarray(logits)]
@@ -211,8 +211,8 @@ class Subject:
     self, state: State, store: Store, batches: list[Mapping[str, Any]]
   ) -> dict[str, float]:
     """Nats per token by how the memory is used."""
-    model = self.program.model_of(state)
-    return losses_by_memory(self.program, model, store, lambda: batches)
+    model = self.setup.merge_model(state)
+    return losses_by_memory(self.setup, model, store, lambda: batches)
 
 
 # --- what is computed ---

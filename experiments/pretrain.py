@@ -59,16 +59,16 @@ SNIPPET, SAMPLE = 240, 120
 
 def summarize(config, result: RunResult) -> dict:
   """Losses with and without memory, parameters, speed."""
-  model = result.program.model_of(result.state)
+  model = result.setup.merge_model(result.state)
   held_out = list(evaluation_batches(config, result.data))
   tables = result.state.tables
   store = TableStore(tables) if tables else None
-  losses = losses_by_memory(result.program, model, store, lambda: held_out)
+  losses = losses_by_memory(result.setup, model, store, lambda: held_out)
   return {
     "step": int(result.state.step),
     "validation_loss": losses,
     "parameters": count_parameters_by_part(
-      config.model, result.program.hashing
+      config.model, result.setup.hashing
     ),
     **speed(result),
   }
@@ -107,19 +107,19 @@ def draw_loss(result: RunResult) -> None:
 
 def draw_gates(result: RunResult) -> None:
   """The gates over a snippet of held-out text, if there is a memory."""
-  if result.program.hashing is None:
+  if result.setup.hashing is None:
     return
   seq_len = min(
     SNIPPET,
-    result.program.train.seq_len,
+    result.setup.train.seq_len,
     result.data.splits["validation"].tokens - 1,
   )
   tokens = windows(result.data, "validation", seq_len=seq_len).read(0, seq_len)
   gates = gate_map(
-    result.program.model_of(result.state),
+    result.setup.merge_model(result.state),
     result.state.tables,
-    result.program.hashing,
-    result.program.compression,
+    result.setup.hashing,
+    result.setup.compression,
     tokens,
   )
   texts = token_texts(result.data.tokenizer, tokens)
@@ -128,14 +128,14 @@ def draw_gates(result: RunResult) -> None:
 
 def sample(result: RunResult, prompt: str) -> str:
   """A continuation of `prompt`, prompt included."""
-  tokenizer, program = result.data.tokenizer, result.program
+  tokenizer, program = result.data.tokenizer, result.setup
   memory = store = None
   if program.hashing is not None:
     engram = program.model.engram
     memory = Memory(engram, program.compression, program.hashing)
     store = TableStore(result.state.tables)
   (tokens,) = generate_all(
-    program.model_of(result.state),
+    program.merge_model(result.state),
     memory,
     store,
     [tokenizer.encode(prompt).ids],

@@ -60,7 +60,7 @@ def train_once(
   if not result.finished:
     step = int(result.state.step)
     raise StoppedError(f"stopped at step {step}; run again to continue")
-  model = result.program.model_of(result.state)
+  model = result.setup.merge_model(result.state)
   held_out = list(
     held_out_batches(
       result.data,
@@ -72,7 +72,7 @@ def train_once(
   )
   tables = result.state.tables
   store = TableStore(tables) if tables else None
-  losses = losses_by_memory(result.program, model, store, lambda: held_out)
+  losses = losses_by_memory(result.setup, model, store, lambda: held_out)
   curve = read_metrics(result.folder.metrics, "eval")
   speeds = [
     record["tokens_per_second"]
@@ -83,7 +83,7 @@ def train_once(
     "loss": losses,
     "curve": [[record["step"], record["loss"]] for record in curve],
     "parameters": count_parameters_by_part(
-      config.model, result.program.hashing
+      config.model, result.setup.hashing
     ),
     "tokens_per_second": float(np.median(speeds)),
   }

@@ -9,7 +9,7 @@ import pytest
 from engram_jax.config_dicts import completed, from_dict, to_dict
 from engram_jax.errors import InputError
 from engram_jax.run_config import ExperimentConfig, TrainConfig
-from engram_jax.training.checkpoints import check_constants
+from engram_jax.training.run_metadata import require_same_run
 from engram_jax.training.runs import open_folder
 
 # Saved before train.table_optimizer, model.remat and the mesh existed.
@@ -24,7 +24,7 @@ def test_fields_that_were_added_since_get_their_defaults(caplog):
   assert OLD == before and "mesh" not in OLD
   config = from_dict(ExperimentConfig, found)
   assert config.train.table_optimizer == TrainConfig.table_optimizer
-  check_constants({"config": found}, {"config": to_dict(config)})
+  require_same_run({"config": found}, {"config": to_dict(config)})
   completed(ExperimentConfig, OLD, source="config.json")
   (line,) = [r.message for r in caplog.records if "newer" in r.message]
   for name in ("train.table_optimizer = 'lazy_adam'", "model.remat", "mesh"):

@@ -120,7 +120,7 @@ def require_same_arrays(
   Tables and the states of their optimizers may differ in their padding: there
   the checkpoint has R rows or more, and what is expected has R or more too,
   but fewer padding rows than devices, so that the template of a larger hash is
-  refused; one of about as many rows is for `check_constants` to tell apart.
+  refused; one of about as many rows is for `require_same_run` to tell apart.
 
   Args:
     item: the item of the checkpoint, for messages.

@@ -14,6 +14,7 @@ WORKDIR/
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 import tokenizers

@@ -28,7 +28,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, fuse, fuse_options
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.row_optimizers import lazy_adam, sum_duplicates
+from engram_jax.memory.row_sparse import lazy_adam, sum_duplicates
 from engram_jax.memory.table import init_table, lookup
 from experiments.benchmarks import harness
 

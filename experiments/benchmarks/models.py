@@ -21,7 +21,7 @@ from engram_jax.config import ModelConfig
 from engram_jax.decoding.weights import DecodingModel, for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import harness
 
@@ -41,10 +41,10 @@ def make_program(
   *,
   mesh: Mesh | None = None,
   mesh_config: MeshConfig = DEFAULT_MESH,
-) -> Program:
+) -> TrainSetup:
   """The training of a model on raw token ids."""
   hashing = counting_hash(model)
-  return Program.create(
+  return TrainSetup.create(
     model,
     train,
     abstract_model(model)[0],
@@ -65,7 +65,7 @@ def abstract_batch(
   }
 
 
-def make_batches(program: Program, count: int) -> list[Batch]:
+def make_batches(program: TrainSetup, count: int) -> list[Batch]:
   """So many batches of random tokens, on the program's devices."""
   train, rng = program.train, harness.rng()
   shape = train.batch_size, train.seq_len + 1

@@ -36,7 +36,7 @@ from engram_jax.training.evaluation import (
   batch_losses,
   batch_row_ids,
 )
-from engram_jax.training.program import Batch, Program
+from engram_jax.training.setup import Batch, TrainSetup
 from engram_jax.training.runs import RunFolder, TrainedModel, load_run
 from experiments.benchmarks import harness
 
@@ -59,7 +59,7 @@ def losses_of(
   memory: str = "on",
 ) -> Losses:
   found = batch_losses(
-    trained.program,
+    trained.setup,
     trained.model,
     store,
     batches,
@@ -91,7 +91,7 @@ def paired(losses: Losses, base: Losses) -> tuple[float, float]:
 
 
 def reads_of(
-  program: Program, batches: Sequence[Batch]
+  program: TrainSetup, batches: Sequence[Batch]
 ) -> dict[int, np.ndarray]:
   """int [R] per layer: how often the positions with a target read each row."""
   rows = program.hashing.num_rows
@@ -144,7 +144,7 @@ def compare(trained: TrainedModel, batches: Sequence[Batch]) -> harness.Figures:
   require(trained.hashing is not None, "workdir", "no memory", "a run with one")
   found, valid = len(batches), "2 or more: an error is over batches"
   require(found >= 2, "batches", found, valid)
-  program = trained.program
+  program = trained.setup
   store = TableStore(trained.tables)
   losses = {
     memory: losses_of(trained, store, batches, memory=memory)

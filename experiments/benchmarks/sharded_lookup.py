@@ -33,7 +33,7 @@ from engram_jax.errors import require
 from engram_jax.memory import exchange
 from engram_jax.memory.table import lookup
 from engram_jax.run_config import MeshConfig
-from engram_jax.training.program import Capacity
+from engram_jax.training.setup import Capacity
 from experiments.benchmarks import harness
 from experiments.benchmarks.fixtures import DISTRIBUTIONS, draw_ids
 
@@ -116,12 +116,12 @@ def make_form(
 
   def form(table, ids, gradients):
     with sharding.use(mesh):
-      found, plan = exchange.fetch(
+      found, plan = exchange.lookup(
         {LAYER: table}, {LAYER: ids}, strategy=strategy, capacity=capacity
       )
       if what == FETCH:
         return found[LAYER]
-      home = exchange.send_home(
+      home = exchange.reduce_row_gradients(
         plan, {LAYER: gradients}, num_rows={LAYER: table.shape[0]}
       )
       return found[LAYER], home[LAYER]

@@ -36,10 +36,10 @@ from flax import nnx
 from engram_jax import sharding
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
-from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.lookup import retrieve
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training.losses import cross_entropy
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import new_state
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
@@ -76,7 +76,7 @@ ON_A_MESH = {
 }
 
 
-def make_program(rows: int, *, devices: int = 1, **sizes: int) -> Program:
+def make_program(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
   """The training of a small transformer with about so many rows."""
   heads, width = sizes["heads"], sizes["hidden_size"]
   found = jax.device_count()
@@ -117,13 +117,13 @@ def make_program(rows: int, *, devices: int = 1, **sizes: int) -> Program:
   return models.make_program(model, train, mesh=mesh)
 
 
-def table_adam(program: Program) -> optax.GradientTransformation:
+def table_adam(program: TrainSetup) -> optax.GradientTransformation:
   """Adam over whole tables, for a learning rate of 1."""
   train = program.train
   return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
 
 
-def make_dense_step(program: Program) -> Callable:
+def make_dense_step(program: TrainSetup) -> Callable:
   """The step without the library's idea: differentiate through the lookup.
 
   The same loss, clipping and rates; `table_states` are optax's.
@@ -176,7 +176,7 @@ def make_dense_step(program: Program) -> Callable:
   return jax.jit(step, donate_argnums=0)
 
 
-def make_state(program: Program, form: str) -> TrainState:
+def make_state(program: TrainSetup, form: str) -> TrainState:
   """The state of a run, every page of it real."""
   state = new_state(program)
   if form == "dense":
@@ -187,7 +187,7 @@ def make_state(program: Program, form: str) -> TrainState:
   return dataclasses.replace(state, tables=tables, table_states=states)
 
 
-def room(program: Program, batches: Sequence[models.Batch]) -> int | None:
+def room(program: TrainSetup, batches: Sequence[models.Batch]) -> int | None:
   """The capacity that a training run over these batches comes to have."""
   capacity = program.capacity(batches[0])
   if capacity.rows is None:

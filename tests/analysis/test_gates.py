@@ -19,7 +19,7 @@ from engram_jax.data.tokenizers import END_ID, train_tokenizer
 from engram_jax.errors import InputError
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.lookup import retrieve
 from engram_jax.training.state import abstract_model
 
 CONFIG = ModelConfig(

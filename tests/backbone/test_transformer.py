@@ -32,7 +32,7 @@ from engram_jax.config import (
 )
 from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.retrieval import retrieve
+from engram_jax.memory.lookup import retrieve
 from engram_jax.types import Break
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 10, 20, 32

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from engram_jax import sharding
 from engram_jax.errors import InputError
 from engram_jax.memory import exchange
-from engram_jax.memory.row_optimizers import lazy_adam, sum_duplicates
+from engram_jax.memory.row_sparse import lazy_adam, sum_duplicates
 
 
 def zipf_ids(seed: int, shape: tuple[int, ...], below: int) -> np.ndarray:
@@ -81,10 +81,10 @@ def compiled(mesh, strategy, capacity):
   @jax.jit
   def run(tables, ids, gradients):
     with sharding.use(mesh):
-      rows, plan = exchange.fetch(
+      rows, plan = exchange.lookup(
         tables, ids, strategy=strategy, capacity=capacity
       )
-      home = exchange.send_home(plan, gradients, num_rows=NUM_ROWS)
+      home = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
       return rows, plan.needed, home
 
   return run
@@ -117,7 +117,7 @@ def test_auto_and_explicit_axes(any_mesh, strategy, tables):
   ids = {i: IDS["zipf"](i, rows) for i, rows in NUM_ROWS.items()}
   with jax.set_mesh(any_mesh):
     rows, _ = jax.jit(
-      lambda *arguments: exchange.fetch(*arguments, strategy=strategy)
+      lambda *arguments: exchange.lookup(*arguments, strategy=strategy)
     )(
       place(tables, any_mesh, sharding.TABLE),
       place(ids, any_mesh, sharding.TOKENS),
@@ -133,7 +133,7 @@ def test_autodiff_agrees(auto_mesh, strategy, tables, gradients):
   placed = place(ids, auto_mesh, sharding.TOKENS)
 
   def loss(tables, ids):
-    rows, _ = exchange.fetch(tables, ids, strategy=strategy)
+    rows, _ = exchange.lookup(tables, ids, strategy=strategy)
     return sum(jnp.sum(rows[i] * gradients[i]) for i in rows)
 
   with jax.set_mesh(auto_mesh):
@@ -195,8 +195,8 @@ def test_lazy_adam_where_the_rows_live(auto_mesh, tables, gradients):
   @jax.jit
   def step(tables, states, gradients):
     with sharding.use(auto_mesh):
-      _, plan = exchange.fetch(tables, row_ids, strategy="exchange")
-      home = exchange.send_home(plan, gradients, num_rows=NUM_ROWS)
+      _, plan = exchange.lookup(tables, row_ids, strategy="exchange")
+      home = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
       return {
         i: exchange.update(optimizer, tables[i], states[i], home[i], 0.1)
         for i in tables
@@ -226,16 +226,16 @@ def test_refusals(auto_mesh, tables):
   ids = {i: IDS["random"](i, rows) for i, rows in NUM_ROWS.items()}
   ids = {i: jnp.asarray(x) for i, x in ids.items()}
   with pytest.raises(InputError, match=r"^mesh: none; valid: "):
-    exchange.fetch(tables, ids)
+    exchange.lookup(tables, ids)
   with sharding.use(auto_mesh):
     with pytest.raises(InputError, match=r"^strategy: send; valid: one of"):
-      exchange.fetch(tables, ids, strategy="send")
+      exchange.lookup(tables, ids, strategy="send")
     with pytest.raises(InputError, match=r"^capacity: 0; valid: "):
-      exchange.fetch(tables, ids, strategy="exchange", capacity=0)
+      exchange.lookup(tables, ids, strategy="exchange", capacity=0)
     with pytest.raises(InputError, match=r"^tables: \[1\]; valid: .*\[1, 3\]"):
-      exchange.fetch({1: tables[1]}, ids)
+      exchange.lookup({1: tables[1]}, ids)
     uneven = tables | {1: tables[1][:-1]}
     with pytest.raises(InputError, match=r"shape\[0\]: 159; valid: a mult"):
-      exchange.fetch(uneven, ids)
+      exchange.lookup(uneven, ids)
     with pytest.raises(InputError, match=r"^row_ids\[1\].shape: \(3, "):
-      exchange.fetch(tables, ids | {1: ids[1][:3, :3]})
+      exchange.lookup(tables, ids | {1: ids[1][:3, :3]})

@@ -9,9 +9,9 @@ from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import RunFolder, abstract_state
-from engram_jax.training.starting import Origin, state_from
+from engram_jax.training.init_from import Origin, state_from
 from engram_jax.training.state import abstract_model, flatten, unflatten
 
 MODEL = ModelConfig(
@@ -36,7 +36,7 @@ MODEL = ModelConfig(
 
 def make_program(mesh):
   memory = MODEL.engram
-  return Program.create(
+  return TrainSetup.create(
     MODEL,
     TrainConfig(steps=10, batch_size=8, seq_len=8),
     abstract_model(MODEL)[0],

@@ -37,7 +37,7 @@ def remember(table, tokens, breaks, hidden, engram, *, across: bool):
   history = HASHING.next_history(canonical, breaks=breaks)
   following = HASHING.row_ids(canonical, 1, history=history)
   if across:
-    rows = exchange.fetch({1: table}, {1: row_ids})[0][1]
+    rows = exchange.lookup({1: table}, {1: row_ids})[0][1]
   else:
     rows = engram_jax.lookup(table, row_ids)
 

@@ -28,7 +28,7 @@ from engram_jax.memory.table import init_table
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training import runs
 from engram_jax.training.evaluation import batch_losses
-from engram_jax.training.program import Program
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import abstract_state
 from engram_jax.training.state import abstract_model, flatten, unflatten
 from engram_jax.training.step import make_train_step
@@ -93,7 +93,7 @@ def make_program(
   # So few ids would go by `gather`.
   shape = shape and MeshConfig(*shape, lookup="exchange")
   config = shape or MeshConfig()
-  return Program.create(
+  return TrainSetup.create(
     model,
     dataclasses.replace(TRAIN, **train),
     abstract_model(model)[0],
@@ -160,7 +160,7 @@ def run(program):
     metrics.append(observed)
   store = TableStore(state.tables) if state.tables else None
   (evaluation,) = batch_losses(
-    program, program.model_of(state), store, [make_batch(99)]
+    program, program.merge_model(state), store, [make_batch(99)]
   )
   flat = {name: np.asarray(x) for name, x in flatten(state).items()}
   return flat, metrics, jax.device_get(evaluation), grown

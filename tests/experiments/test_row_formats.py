@@ -82,7 +82,7 @@ def test_losses_are_those_of_an_evaluation(trained, batches, found):
   assert len(set(found["loss"].values())) == 3
   assert found["worth"] == found["loss"]["off"] - found["loss"]["on"]
   store = open_store("host", trained.tables, trained.hashing, row_format="fp8")
-  loss = mean_loss(trained.program, trained.model, store, batches)
+  loss = mean_loss(trained.setup, trained.model, store, batches)
   fp8, float32 = found["formats"]["fp8"], found["formats"]["float32"]
   assert fp8["loss"] == pytest.approx(loss, rel=1e-6)
   assert fp8["difference"] == pytest.approx(loss - float32["loss"], abs=1e-6)
@@ -97,7 +97,7 @@ def test_errors_are_those_of_the_formats(trained, batches, found):
   for name, (least, most) in BOUNDS.items():
     assert least <= found["formats"][name]["error"] <= most, name
   # Each of the 73 positions with a target reads four columns.
-  reads = row_formats.reads_of(trained.program, batches)
+  reads = row_formats.reads_of(trained.setup, batches)
   assert {layer: x.sum() for layer, x in reads.items()} == {1: 73 * 4}
 
 

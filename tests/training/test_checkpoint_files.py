@@ -57,11 +57,11 @@ def test_what_is_not_whole_is_left_out_by_name(saved, tmp_path, damage, caplog):
   DAMAGES[damage](folder / "3")
   with Checkpoints.open(folder) as checkpoints:
     assert checkpoints.steps() == [1, 2] and checkpoints.latest_step() == 2
-    assert checkpoints.read_constants() == {"config": {}}
+    assert checkpoints.read_run_metadata() == {"config": {}}
     with pytest.raises(
       InputError, match=r"^step: 3: .*; valid: one of .* 1, 2$"
     ):
-      checkpoints.read_constants(3)
+      checkpoints.read_run_metadata(3)
   assert "left out" in caplog.text and (folder / "3").exists()
   # A run that goes on may come to step 3 again.
   with Checkpoints(folder, keep_last=9, keep_best=0) as checkpoints:

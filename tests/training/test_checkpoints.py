@@ -15,13 +15,14 @@ from flax import nnx
 from engram_jax.data.pipeline import batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError
-from engram_jax.memory.row_optimizers import lazy_adam
+from engram_jax.memory.row_sparse import lazy_adam
 from engram_jax.run_config import DataConfig
-from engram_jax.training.checkpoints import Checkpoints, check_constants
+from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.run_metadata import require_same_run
 from engram_jax.training.state import TrainState, flatten, unflatten
 from engram_jax.training.step import make_train_step
 
-CONSTANTS = {"config": {"model": {"hidden_size": 64}}, "hash": None}
+METADATA = {"config": {"model": {"hidden_size": 64}}, "hash": None}
 
 
 def make_state(rows: int = 40) -> TrainState:
@@ -76,7 +77,7 @@ def shapes(tree):
 def save(folder, *steps, state=None, **options):
   with Checkpoints(folder, keep_last=9, keep_best=0) as checkpoints:
     for step in steps:
-      checkpoints.save(step, at(step, state), constants=CONSTANTS, **options)
+      checkpoints.save(step, at(step, state), run_metadata=METADATA, **options)
 
 
 # --- what comes back ---
@@ -143,7 +144,7 @@ def test_donated_steps_do_not_reach_a_save_in_progress(tmp_path):
   state = step(state)
   expected = host(state)
   with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
-    checkpoints.save(1, state, constants=CONSTANTS)
+    checkpoints.save(1, state, run_metadata=METADATA)
     for _ in range(4):
       state = step(state)
     jax.block_until_ready(state)
@@ -167,8 +168,8 @@ def test_constants_come_back(tmp_path):
   with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, at(step), constants=constants | {"step": step})
-    found = checkpoints.read_constants()
-    assert checkpoints.read_constants(1)["step"] == 1
+    found = checkpoints.read_run_metadata()
+    assert checkpoints.read_run_metadata(1)["step"] == 1
   assert found.pop("step") == 2
   assert found["config"]["model"] == {
     "layers": [1, 14],
@@ -176,7 +177,7 @@ def test_constants_come_back(tmp_path):
     "tie": True,
   }
   assert found["hash"]["multipliers"][0][0] == 2**62 + 1
-  check_constants(found, constants)
+  require_same_run(found, constants)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     for _ in range(count):
       batch = dict(next(iterator))
       for name in ("inputs", "targets"):
-        batch[name] = batch[name] % tiny.program.model.vocab_size
+        batch[name] = batch[name] % tiny.setup.model.vocab_size
       state, metrics = step(state, batch)
       losses.append(np.asarray(metrics["loss"]).tobytes())
     return state, losses
@@ -220,7 +221,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
   iterator = new_iterator()
   state, first = run(tiny.state(), train_step, iterator, 3)
   with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
-    checkpoints.save(3, state, data_iterator=iterator, constants=CONSTANTS)
+    checkpoints.save(3, state, data_iterator=iterator, run_metadata=METADATA)
     # The iterator runs on, and the state is donated, while that is written.
     run(state, train_step, iterator, 2)
 
@@ -259,13 +260,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     # A new object each time: what it knows, it has read.
     with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
       assert checkpoints.latest_step() == (step - 1 or None)
-      checkpoints.save(step, at(step), constants=CONSTANTS, eval_loss=loss)
+      checkpoints.save(step, at(step), run_metadata=METADATA, eval_loss=loss)
       checkpoints.wait()
       assert checkpoints.steps() == kept[step]
       assert checkpoints.best_step() == (1 if step == 1 else 2)
     assert folders(tmp_path) == [str(step) for step in kept[step]]
   with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
-    checkpoints.save(8, at(8), constants=CONSTANTS, eval_loss=0.5)
+    checkpoints.save(8, at(8), run_metadata=METADATA, eval_loss=0.5)
     assert checkpoints.best_step() == 8
   assert folders(tmp_path) == ["8"]
 
@@ -274,7 +275,7 @@ def test_without_evaluations_nothing_is_best(tmp_path):
   with Checkpoints(tmp_path, keep_last=1, keep_best=3) as checkpoints:
     assert checkpoints.latest_step() is None and checkpoints.steps() == []
     for step in (1, 2, 3):
-      checkpoints.save(step, at(step), constants=CONSTANTS)
+      checkpoints.save(step, at(step), run_metadata=METADATA)
     assert checkpoints.best_step() is None
   assert folders(tmp_path) == ["3"]
 
@@ -285,7 +286,7 @@ def test_an_interrupted_deletion_leaves_no_checkpoint(tmp_path, monkeypatch):
     patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
       for step in (1, 2):
-        checkpoints.save(step, at(step), constants=CONSTANTS)
+        checkpoints.save(step, at(step), run_metadata=METADATA)
   assert (tmp_path / "deleted" / "1").exists()
   with Checkpoints.open(tmp_path) as checkpoints:
     assert checkpoints.steps() == [2]
@@ -347,13 +348,13 @@ def test_damaged_files_never_load_wrong(tmp_path):
           # A damaged document of its own makes it no whole checkpoint.
           assert checkpoints.steps() in ([5], [])
           found = checkpoints.restore(shapes(state))
-          constants = checkpoints.read_constants()
+          constants = checkpoints.read_run_metadata()
       except InputError as error:
         assert "\n" not in str(error)
         refused[name] += 1
       else:
         assert_same(found, expected)
-        assert constants == CONSTANTS
+        assert constants == METADATA
     file.write_bytes(whole)
   # The others hold nothing that is read, such as the time of the save.
   assert min(refused.values()) >= 5, refused

@@ -13,7 +13,10 @@ from engram_jax.run_config import (
   MeshConfig,
   TrainConfig,
 )
-from engram_jax.training.checkpoints import FREE_FIELDS, check_constants
+from engram_jax.training.run_metadata import (
+  FREE_ON_RESUME,
+  require_same_run,
+)
 
 
 def config_of(**train):
@@ -80,13 +83,13 @@ def constants_of(**changes):
 )
 def test_another_run_is_refused_by_its_first_field(changes, message):
   with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-    check_constants(constants_of(), constants_of(**changes))
+    require_same_run(constants_of(), constants_of(**changes))
 
 
 def test_a_field_that_this_run_does_not_know_is_refused():
   found = constants_of(extra=1)
   with pytest.raises(InputError, match=r"^extra: 1 in .*; valid: missing$"):
-    check_constants(found, constants_of())
+    require_same_run(found, constants_of())
 
 
 def test_fields_that_alter_no_step_may_differ():
@@ -99,11 +102,11 @@ def test_fields_that_alter_no_step_may_differ():
     log_every=6,
   )
   free["data"]["data_dir"] = "/elsewhere"
-  check_constants(
+  require_same_run(
     constants_of(), constants_of(config=free, versions={"jax": "0.12"})
   )
   # Each of them is the name of a field.
-  for path in FREE_FIELDS:
+  for path in FREE_ON_RESUME:
     cls = ExperimentConfig
     for name in path.split("."):
       hints = typing.get_type_hints(cls)
@@ -111,5 +114,5 @@ def test_fields_that_alter_no_step_may_differ():
       cls = hints[name]
   long = constants_of(hash={"primes": list(range(1000))})
   with pytest.raises(InputError, match=r"^hash.primes: \[0, 1,") as caught:
-    check_constants(long, constants_of(hash={"primes": [1]}))
+    require_same_run(long, constants_of(hash={"primes": [1]}))
   assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)

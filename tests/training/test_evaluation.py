@@ -29,7 +29,7 @@ def batch(make_batch):
 def weights(tiny):
   """Model and store of its tables."""
   state = tiny.state()
-  return tiny.program.model_of(state), TableStore(state.tables)
+  return tiny.setup.merge_model(state), TableStore(state.tables)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def steps(tiny):
 
   def of(memory):
     def step(model, store, batch):
-      (pair,) = batch_losses(tiny.program, model, store, [batch], memory=memory)
+      (pair,) = batch_losses(tiny.setup, model, store, [batch], memory=memory)
       return pair
 
     return step
@@ -52,7 +52,7 @@ def losses(steps, weights, batch):
 
 
 def test_it_is_the_loss_of_the_model(tiny, steps, weights, losses, batch):
-  program = tiny.program
+  program = tiny.setup
 
   @jax.jit
   def expected(model, tables, batch):
@@ -94,10 +94,10 @@ def test_shuffled_rows_are_rows_of_the_table(steps, weights, batch):
 
 def test_no_assignment_is_dropped(make_tiny, tiny, weights, losses, batch):
   tight = dataclasses.replace(
-    tiny.program.model.moe, dispatch="bucketed", capacity_factor=0.1
+    tiny.setup.model.moe, dispatch="bucketed", capacity_factor=0.1
   )
   bucketed = make_tiny(model={"moe": tight}).program
-  model = bucketed.model_of(tiny.state())
+  model = bucketed.merge_model(tiny.state())
   ((total, _),) = batch_losses(bucketed, model, weights[1], [batch])
   np.testing.assert_allclose(total, losses["on"], rtol=1e-6)
 
@@ -115,18 +115,18 @@ def test_every_target_counts_once(tiny, steps, weights, batch):
   none = batch | {"loss_mask": jnp.zeros_like(batch["loss_mask"])}
   pairs = [steps["on"](*weights, b) for b in (batch, fewer)]
   expected = sum(float(s) for s, _ in pairs) / sum(int(n) for _, n in pairs)
-  found = mean_loss(tiny.program, *weights, [batch, none, fewer])
+  found = mean_loss(tiny.setup, *weights, [batch, none, fewer])
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   for empty in ([], [none]):
     with pytest.raises(InputError, match=r"^batches: no target; valid: at lea"):
-      mean_loss(tiny.program, *weights, empty)
+      mean_loss(tiny.setup, *weights, empty)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_store_gives_the_losses_of_the_tables(
   tiny, weights, losses, batch, prefetch
 ):
-  program, (model, tables) = tiny.program, weights
+  program, (model, tables) = tiny.setup, weights
   store = open_store("host", tables.tables, program.hashing)
   fewer = batch | {"loss_mask": batch["loss_mask"].at[1:].set(False)}
   expected = losses_by_memory(program, *weights, lambda: [batch, fewer])
@@ -139,7 +139,7 @@ def test_a_store_gives_the_losses_of_the_tables(
 
 
 def test_a_store_that_does_not_fit_is_refused(tiny, make_tiny, weights):
-  program, (model, store) = tiny.program, weights
+  program, (model, store) = tiny.setup, weights
 
   def refused(line):
     return pytest.raises(InputError, match=f"^{line}")
@@ -159,5 +159,5 @@ def test_a_store_that_does_not_fit_is_refused(tiny, make_tiny, weights):
 
 def test_without_memory_no_store_is_asked_for(tiny, losses, weights, batch):
   model, _ = weights
-  ((loss, _),) = batch_losses(tiny.program, model, None, [batch], memory="off")
+  ((loss, _),) = batch_losses(tiny.setup, model, None, [batch], memory="off")
   assert loss == losses["off"]

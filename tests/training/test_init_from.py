@@ -12,7 +12,7 @@ from engram_jax.errors import InputError
 from engram_jax.run_config import DataConfig, ExperimentConfig, MeshConfig
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.runs import RunFolder
-from engram_jax.training.starting import (
+from engram_jax.training.init_from import (
   Origin,
   find_origin,
   record_origin,
@@ -27,16 +27,16 @@ def experiment(tiny, **model) -> ExperimentConfig:
   # No tokenizer is as small as the program's vocabulary.
   model = {"vocab_size": 300} | model
   return ExperimentConfig(
-    model=dataclasses.replace(tiny.program.model, **model),
+    model=dataclasses.replace(tiny.setup.model, **model),
     data=DataConfig(vocab_size=300),
-    train=tiny.program.train,
+    train=tiny.setup.train,
   )
 
 
 def constants_of(tiny, config, **changes):
   return {
     "config": to_dict(config),
-    "hash": tiny.program.hashing.to_dict(),
+    "hash": tiny.setup.hashing.to_dict(),
     "compression_digest": "c60a",
     "compression_size": 30,
     "tokenizer_digest": "70ce",
@@ -78,7 +78,7 @@ def test_weights_are_taken_and_nothing_else(step, tiny, trained, tmp_path):
   origin = find(tmp_path / "new", experiment(tiny), folder, step)
   assert origin.step == (step or 7)
   assert not (tmp_path / "new").exists()
-  state = state_from(origin, tiny.program)
+  state = state_from(origin, tiny.setup)
   was, found = flatten(states[origin.step]), flatten(state)
   fresh = flatten(tiny.abstract_state())
   assert list(found) == list(fresh)
@@ -112,7 +112,7 @@ FREE = {
 
 @pytest.mark.parametrize("field", FREE)
 def test_what_may_differ(field, tiny, trained, tmp_path):
-  config = experiment(tiny, **{field: FREE[field](tiny.program.model)})
+  config = experiment(tiny, **{field: FREE[field](tiny.setup.model)})
   assert find(tmp_path, config, trained[0]).step == 7
 
 
@@ -173,7 +173,7 @@ def test_tokenizer_and_hash_are_the_same(name, tiny, trained, tmp_path):
 
 def test_arrays_are_checked_by_name(tiny, make_tiny, trained):
   folder, _ = trained
-  moe = dataclasses.replace(tiny.program.model.moe, num_experts=8)
+  moe = dataclasses.replace(tiny.setup.model.moe, num_experts=8)
   wider = make_tiny(model={"moe": moe}).program
   with pytest.raises(InputError, match=r"^backbone/.*moe_blocks/ffn/.* in "):
     state_from(Origin(folder, 7, {}), wider)

@@ -16,7 +16,7 @@ KILLED = """
 import os, random, signal, sys, time, traceback
 import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
-from engram_jax.memory.row_optimizers import lazy_adam
+from engram_jax.memory.row_sparse import lazy_adam
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.state import TrainState
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 import engram_jax
 from engram_jax.errors import InputError
-from engram_jax.memory.row_optimizers import lazy_adam
+from engram_jax.memory.row_sparse import lazy_adam
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.state import TrainState, flatten, unflatten
 
@@ -28,7 +28,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from jax.sharding import AxisType
 from engram_jax.run_config import MeshConfig
-from engram_jax.memory.row_optimizers import dense_adam, lazy_adam
+from engram_jax.memory.row_sparse import dense_adam, lazy_adam
 from engram_jax.parameters import param
 from engram_jax.sharding import make_mesh, padded_rows, state_shardings
 from engram_jax.training.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ from engram_jax.training.state import TrainState, flatten, unflatten
 
 # Nine rows on eight devices: three of these hold nothing but padding.
 ROWS = {1: 101, 3: 101, 14: 9}
-CONSTANTS = {"hash": {"layers": [1, 3, 14],
+METADATA = {"hash": {"layers": [1, 3, 14],
                       "primes": [[47, 54], [50, 51], [2, 7]]}}
 OPTIMIZERS = {1: lazy_adam(bias_correction="row"),
               3: dense_adam(), 14: lazy_adam(bias_correction="global")}
@@ -114,7 +114,7 @@ def check(state, target, leaves):
 
 def save(folder, state):
   with Checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
-    checkpoints.save(1, state, constants=CONSTANTS)
+    checkpoints.save(1, state, run_metadata=METADATA)
 
 def restore(folder, target):
   with Checkpoints.open(folder) as checkpoints:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config_dicts import to_dict
-from engram_jax.training.checkpoints import check_constants
+from engram_jax.training.run_metadata import require_same_run
 from engram_jax.training.state import (
   abstract_model,
   count_parameters,
@@ -115,7 +115,7 @@ def test_how_blocks_are_compiled_is_not_in_the_state(tiny, state):
     assert list(mine) == list(its)
     assert all(mine[name].shape == its[name].shape for name in its)
   before = {"config": {"model": to_dict(tiny.setup.model)}}
-  check_constants(before, {"config": {"model": to_dict(model)}})
+  require_same_run(before, {"config": {"model": to_dict(model)}})
 
 
 def test_unflatten_takes_flatten_back(state, tiny):
