@@ -8,7 +8,6 @@ Exit statuses:
   130  interrupted by SIGINT, 143 by SIGTERM, as a shell reports them
 """
 
-import os
 import signal
 import sys
 import traceback

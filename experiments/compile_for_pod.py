@@ -43,8 +43,8 @@ from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.run_config import ExperimentConfig, MeshConfig
-from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import abstract_state
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
 from experiments import cli, pod_report, progress

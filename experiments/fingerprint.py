@@ -50,8 +50,8 @@ from engram_jax.memory.stores import TableStore
 from engram_jax.presets import preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import new_state
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import abstract_model, flatten
 from engram_jax.training.step import make_train_step
 from experiments import results

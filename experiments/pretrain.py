@@ -30,7 +30,6 @@ from engram_jax.analysis.plots import plot_gates, plot_loss
 from engram_jax.data.pipeline import windows
 from engram_jax.data.tokenizers import END_ID, require_text
 from engram_jax.decoding.generate import generate_all
-from engram_jax.errors import require
 from engram_jax.files import write_whole
 from engram_jax.memory.memory import Memory
 from engram_jax.memory.stores import TableStore
@@ -67,9 +66,7 @@ def summarize(config, result: RunResult) -> dict:
   return {
     "step": int(result.state.step),
     "validation_loss": losses,
-    "parameters": count_parameters_by_part(
-      config.model, result.setup.hashing
-    ),
+    "parameters": count_parameters_by_part(config.model, result.setup.hashing),
     **speed(result),
   }
 

@@ -82,9 +82,7 @@ def train_once(
     "seed": config.train.seed,
     "loss": losses,
     "curve": [[record["step"], record["loss"]] for record in curve],
-    "parameters": count_parameters_by_part(
-      config.model, result.setup.hashing
-    ),
+    "parameters": count_parameters_by_part(config.model, result.setup.hashing),
     "tokens_per_second": float(np.median(speeds)),
   }
 

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import tokenizers

@@ -51,7 +51,7 @@ from absl import logging
 from flax import nnx
 from jaxtyping import Array
 
-from engram_jax.errors import InputError, first_line, require
+from engram_jax.errors import first_line, require
 from engram_jax.files import usable
 from engram_jax.training import processes
 from engram_jax.training.checkpoint_files import (
@@ -283,7 +283,9 @@ class Checkpoints:
     """
     step = self._resolve(step)
     manifest = self.read_manifest(step)
-    run_metadata = self._read(step, run_metadata=ocp.args.JsonRestore())["run_metadata"]
+    run_metadata = self._read(step, run_metadata=ocp.args.JsonRestore())[
+      "run_metadata"
+    ]
     self._require_whole(
       digest(run_metadata) == manifest["run_metadata"], step, "run_metadata"
     )

@@ -7,7 +7,6 @@ loaded, and one that is not the checkpoint's is refused.
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any

@@ -17,13 +17,17 @@ from jaxtyping import Array
 from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.errors import NonFiniteError, require, require_finite
+from engram_jax.memory.lookup import (
+  lookup_rows,
+  require_tables,
+  shuffle_row_ids,
+)
 from engram_jax.memory.prefetch import (
   Prefetcher,
   prefetched,
   read_to_device,
   require_rows,
 )
-from engram_jax.memory.lookup import lookup_rows, require_tables, shuffle_row_ids
 from engram_jax.memory.stores import PackedRows, RowStore, TableStore, unpack
 from engram_jax.training.losses import model_loss
 from engram_jax.training.setup import Batch, TrainSetup
@@ -189,9 +193,7 @@ def _losses_of_rows(setup, model, store, batches, memory, prefetch):
     else:
       pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)
     for batch, packed in pairs:
-      yield _row_loss(
-        setup, model, packed, batch, row_format=store.row_format
-      )
+      yield _row_loss(setup, model, packed, batch, row_format=store.row_format)
 
 
 # Static by identity: a later evaluation of the same run compiles nothing.

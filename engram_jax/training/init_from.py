@@ -33,6 +33,7 @@ from engram_jax.training.runs import RunFolder
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import TrainState
 
+
 @dataclasses.dataclass(frozen=True)
 class SourceCheckpoint:
   """A checkpoint to start from.
@@ -185,8 +186,7 @@ def init_state_from(source: SourceCheckpoint, setup: TrainSetup) -> TrainState:
   def begin(params, tables):
     step = jnp.zeros((), jnp.int32)
     table_states = {
-      layer: setup.row_optimizer.init(table)
-      for layer, table in tables.items()
+      layer: setup.row_optimizer.init(table) for layer, table in tables.items()
     }
     return step, setup.optimizer.init(params), table_states
 

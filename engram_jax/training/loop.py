@@ -39,14 +39,14 @@ from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import require_own_files
 from engram_jax.training.evaluation import mean_loss
-from engram_jax.training.locks import locked
-from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.init_from import (
   find_source,
   init_state_from,
   record_source,
   tokenizer_of,
 )
+from engram_jax.training.locks import locked
+from engram_jax.training.metrics import MetricsWriter
 from engram_jax.training.run_metadata import (
   difference,
   make_run_metadata,

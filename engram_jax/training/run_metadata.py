@@ -80,7 +80,6 @@ FREE_ON_INIT = frozenset(
 )
 
 
-
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

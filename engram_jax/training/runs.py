@@ -14,7 +14,6 @@ WORKDIR/
 import dataclasses
 import os
 import pathlib
-from typing import Any
 
 import jax
 import tokenizers

@@ -36,8 +36,8 @@ from engram_jax.training.evaluation import (
   batch_losses,
   batch_row_ids,
 )
-from engram_jax.training.setup import Batch, TrainSetup
 from engram_jax.training.runs import RunFolder, TrainedModel, load_run
+from engram_jax.training.setup import Batch, TrainSetup
 from experiments.benchmarks import harness
 
 #: Of the loss, relative: the two programs sum in another order.

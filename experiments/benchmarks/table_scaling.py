@@ -39,8 +39,8 @@ from engram_jax.errors import require
 from engram_jax.memory.lookup import retrieve
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training.losses import cross_entropy
-from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import new_state
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness, models

@@ -9,9 +9,9 @@ from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.setup import TrainSetup
-from engram_jax.training.runs import RunFolder, abstract_state
 from engram_jax.training.init_from import Origin, state_from
+from engram_jax.training.runs import RunFolder, abstract_state
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import abstract_model, flatten, unflatten
 
 MODEL = ModelConfig(

@@ -28,8 +28,8 @@ from engram_jax.memory.table import init_table
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training import runs
 from engram_jax.training.evaluation import batch_losses
-from engram_jax.training.setup import TrainSetup
 from engram_jax.training.runs import abstract_state
+from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import abstract_model, flatten, unflatten
 from engram_jax.training.step import make_train_step
 

@@ -134,7 +134,9 @@ def test_lookup_reads_a_store_alike(memory, home):
     inside = jax.jit(lambda x: memory.lookup(store, x, breaks=BREAKS))(TOKENS)
     chex.assert_trees_all_equal(inside.rows, expected.rows)
   else:
-    with pytest.raises(InputError, match=r"^store: HostStore inside jit; valid"):
+    with pytest.raises(
+      InputError, match=r"^store: HostStore inside jit; valid"
+    ):
       jax.jit(lambda x: memory.lookup(store, x))(TOKENS)
 
 

@@ -422,7 +422,9 @@ def test_a_state_that_is_not_of_rows_is_refused(name):
 
 def test_a_learning_rate_is_given_once():
   state, batch = optax.EmptyState(), gradients([1])
-  with pytest.raises(InputError, match=r"^learning_rate: None; valid: a number"):
+  with pytest.raises(
+    InputError, match=r"^learning_rate: None; valid: a number"
+  ):
     row_sparse(optax.identity()).update(table(), state, batch, None)
   descending = row_sparse(optax.sgd(0.1))
   with pytest.raises(InputError, match=r"^learning_rate: 0\.1; valid: None"):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engram_jax.memory.row_sparse import RowGradients, sum_duplicates
 
 from engram_jax.errors import InputError
+from engram_jax.memory.row_sparse import RowGradients, sum_duplicates
 from engram_jax.memory.sinkhorn import balance, dense_sinkhorn, sinkhorn
 
 ROWS, WIDTH = 40, 6

@@ -11,7 +11,6 @@ from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError
 from engram_jax.run_config import DataConfig, ExperimentConfig, MeshConfig
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.runs import RunFolder
 from engram_jax.training.init_from import (
   Origin,
   find_origin,
@@ -19,6 +18,7 @@ from engram_jax.training.init_from import (
   state_from,
   tokenizer_of,
 )
+from engram_jax.training.runs import RunFolder
 from engram_jax.training.state import flatten, unflatten
 
 
