@@ -26,6 +26,7 @@ from engram_jax.memory.stores import (
   PackedRows,
   PinnedStore,
   ReadStatistics,
+  TableStore,
   to_device,
 )
 from engram_jax.memory.stores import unpack as unpack_eagerly
@@ -285,3 +286,37 @@ def test_a_device_store_takes_tables_of_numpy():
   found = DeviceStore(packed, row_format).read({1: ids})
   assert isinstance(found.packed[1], jax.Array)
   np.testing.assert_array_equal(found.packed[1], packed[1][ids])
+
+
+def test_tables_are_a_store_and_an_argument_of_a_program():
+  rng = np.random.default_rng(0)
+  tables = {
+    i: jnp.asarray(rng.normal(size=(9, 4)), jnp.float32) for i in (2, 1)
+  }
+  ids = {i: jnp.asarray(rng.integers(0, 9, (2, 3, 5))) for i in (1, 2)}
+  store = TableStore(tables)
+  assert store.num_rows == {2: 9, 1: 9} and store.row_format.name == "float32"
+
+  @jax.jit
+  def read(store, ids):
+    return unpack(store.read(ids), store.row_format)
+
+  for found in (read(store, ids), unpack(store.read(ids), store.row_format)):
+    for layer, rows in found.items():
+      np.testing.assert_array_equal(rows, tables[layer][ids[layer]])
+  assert store.statistics.reads == 1  # none inside a program
+  doubled = jax.tree.map(lambda x: 2 * x, store)
+  assert isinstance(doubled, TableStore) and doubled.num_rows == store.num_rows
+  np.testing.assert_array_equal(doubled.tables[1], 2 * tables[1])
+
+  def refused(line):
+    return pytest.raises(InputError, match=f"^{line}")
+
+  with refused("tables: none; valid: one or more layers"):
+    TableStore({})
+  with refused(r"tables\[1\]: float32\[9, 3\]; valid: float32 or bfloat16"):
+    TableStore({2: tables[2], 1: tables[1][:, :3]})
+  with refused(r"tables\[1\]: int32\[9, 4\]; valid: float32 or bfloat16"):
+    TableStore({1: tables[1].astype(jnp.int32)})
+  with refused(r"row_ids\[1\]: 9; valid: 0 <= id < 9"):
+    store.read({1: jnp.array([9])})
