@@ -1,7 +1,7 @@
 """Conditional memory for JAX and Flax: hashed n-gram tables, and a gate.
 
 What is named here is where to begin. It takes jax, flax, numpy and jaxtyping.
-All else is imported by its own name, e.g. `engram_jax.memory.stores`;
+All else is imported by its own name, e.g. `engram_jax.stores.store`;
 training, data, decoding, interop and analysis need the other dependencies.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 from engram_jax.errors import require, require_integer, require_seed
 
 DTYPES = ("float32", "bfloat16")
-DISPATCHES = ("dropless", "bucketed", "ragged")
+DISPATCHES = ("dense", "bucketed", "dropless")
 REMATS = ("none", "dots", "block")
 
 
@@ -234,9 +234,9 @@ class MoEConfig:
     top_k: routed experts that a token uses.
     num_shared: experts that every token uses.
     expert_size: hidden width of one expert's SwiGLU.
-    dispatch: `dropless` (plain: every expert sees every token; the oracle),
+    dispatch: `dense` (plain: every expert sees every token; the oracle),
       `bucketed` (each expert takes at most a capacity; what is over is dropped
-      and counted), `ragged` (dropless through `jax.lax.ragged_dot`: for
+      and counted), `dropless` (dense through `jax.lax.ragged_dot`: for
       accelerators, 20 times slower than `bucketed` on CPU).
     capacity_factor: capacity of a bucket over the mean load; on a mesh both
       are of one device's tokens.
@@ -354,7 +354,7 @@ class ModelConfig:
     return self.moe is not None and layer >= self.num_dense_layers
 
   @property
-  def dropless_dispatch(self) -> str | None:
+  def exact_dispatch(self) -> str | None:
     """How experts take every token, so that none depends on its neighbours.
 
     A bucket that is full drops tokens by their place in the batch: `bucketed`
@@ -362,4 +362,4 @@ class ModelConfig:
     """
     if self.moe is None:
       return None
-    return "ragged" if self.moe.dispatch == "ragged" else "dropless"
+    return "dropless" if self.moe.dispatch == "dropless" else "dense"

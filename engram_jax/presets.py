@@ -41,14 +41,14 @@ class Preset:
     train: its training.
     mesh: the devices.
     source: where the numbers come from.
-    open: what the source leaves open, and what was chosen; one item each.
+    assumptions: what the source leaves open and what was chosen, an item each.
   """
 
   model: ModelConfig
   train: TrainConfig
   mesh: MeshConfig
   source: str
-  open: tuple[str, ...]
+  assumptions: tuple[str, ...]
 
 
 def preset(name: str) -> Preset:
@@ -69,7 +69,7 @@ def preset(name: str) -> Preset:
 # --- the 27B family ---
 
 _FAMILY = "arXiv 2601.07372 (sizes, schedule, memory) and 2512.24880 (widths)"
-_FAMILY_OPEN = (
+_FAMILY_ASSUMPTIONS = (
   "Embeddings: the published totals fit one vocabulary matrix; tied here.",
   "Attention's widths, the experts' 1536, the RMSNorm eps 1e-20, warm-up, "
   "decay and Adam's constants: not given for Engram; those of the 27B model of "
@@ -81,7 +81,7 @@ _FAMILY_OPEN = (
   "Gradient clipping at 1: not given.",
   "The balance loss of 1e-4, the capacity 1.5 of a bucket: not given.",
 )
-_MEMORY_OPEN = (
+_MEMORY_ASSUMPTIONS = (
   "d_mem = 1280 is the whole width of a layer's rows, 2 orders * 8 heads * "
   "80, and the table sizes are rows of each head: so read, the memory holds "
   "the published 5.7 and 18.5 billion (here 5.79 and 18.53).",
@@ -138,9 +138,9 @@ def _family(
     checkpoint_every=1000,
     log_every=10,
   )
-  opened = _FAMILY_OPEN + (_MEMORY_OPEN if memory else ())
+  assumptions = _FAMILY_ASSUMPTIONS + (_MEMORY_ASSUMPTIONS if memory else ())
   mesh = MeshConfig(data=32, replica=0)
-  return Preset(model, train, mesh, _FAMILY, opened)
+  return Preset(model, train, mesh, _FAMILY, assumptions)
 
 
 def dense_4b() -> Preset:
@@ -169,8 +169,8 @@ def memory_100b() -> Preset:
   return dataclasses.replace(
     family,
     source=f"{_FAMILY}; the memory's size is that of the paper's offload test",
-    open=(
-      *family.open,
+    assumptions=(
+      *family.assumptions,
       "The paper's memory of 100 billion is described by its size alone: the "
       "two layers and 16 heads of Engram-27B, with rows as wide as a TPU's "
       "lanes. Nobody has trained it.",
@@ -216,9 +216,9 @@ def ablation_3b() -> Preset:
       "layers halve d_mem, 8 heads * 40 per order. 5 * 129,280 rows of width "
       "80 hold as much.",
       "Steps: 100 billion tokens over the batch.",
-      *_FAMILY_OPEN[:2],
-      *_FAMILY_OPEN[3:],
-      *_MEMORY_OPEN[1:3],
+      *_FAMILY_ASSUMPTIONS[:2],
+      *_FAMILY_ASSUMPTIONS[3:],
+      *_MEMORY_ASSUMPTIONS[1:3],
     ),
   )
 

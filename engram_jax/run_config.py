@@ -16,7 +16,7 @@ from engram_jax.config import (
 from engram_jax.errors import InputError, require
 
 OPTIMIZERS = ("adamw", "muon")
-LOOKUPS = ("auto", "exchange", "gather")
+LOOKUP_STRATEGIES = ("auto", "exchange", "gather")
 TABLE_OPTIMIZERS = (
   "lazy_adam",
   "lazy_adam_row_steps",
@@ -218,7 +218,7 @@ class MeshConfig:
     valid = ">= 0; 0 for what is left, if data is not"
     ok = self.replica >= 0 and self.data + self.replica > 0
     require(ok, "replica", self.replica, valid)
-    require_one_of(self, "lookup", LOOKUPS)
+    require_one_of(self, "lookup", LOOKUP_STRATEGIES)
 
 
 #: All devices split the batch.

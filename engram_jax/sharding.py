@@ -40,7 +40,7 @@ TOKENS = P(BATCH)
 WHOLE = P()
 #: An array [B, L, ...] of the retrieval: the devices of a tensor group, which
 #: hold the same tokens, ask for different rows.
-LOOKUPS = P(BATCH, TENSOR)
+TOKENS_BY_DEVICE = P(BATCH, TENSOR)
 
 #: The mesh axes that an axis of a parameter is split over, by its name there
 #: (`parameters.py`): one, several, or None for an axis that no device splits.
@@ -182,7 +182,7 @@ def require_fit(
     return
   divides("model.moe.num_experts", moe.num_experts, experts, "mesh.expert")
   divides("model.moe.expert_size", moe.expert_size, tensor, "mesh.tensor")
-  ok = moe.dispatch != "ragged" or experts == 1
+  ok = moe.dispatch != "dropless" or experts == 1
   valid = f"bucketed or dropless with mesh.expert = {experts}"
   require(ok, "model.moe.dispatch", moe.dispatch, valid)
 

@@ -32,7 +32,7 @@ from engram_jax.analysis import collisions
 from engram_jax.analysis.plots import plot_lines
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat
+from engram_jax.stores.quantization import RowFormat
 from engram_jax.training.runs import make_memory
 from experiments import cli, progress
 from experiments.benchmarks.harness import aligned

@@ -138,7 +138,7 @@ def run(
     try:
       with second_signal_ends():
         start_processes()
-        with processes.saying_what_was_lost():
+        with processes.reporting_lost_processes():
           main(argv)
           check_stdout()
           processes.shut_down()

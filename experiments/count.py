@@ -33,7 +33,7 @@ def main(argv) -> None:
   if name:
     about = preset(name)
     print(f"\nSource: {about.source}")
-    print("".join(f"  - {item}\n" for item in about.open), end="")
+    print("".join(f"  - {item}\n" for item in about.assumptions), end="")
   if _OUT.value:
     write_result(_OUT.value, {"config": to_dict(config), **found})
 

@@ -42,13 +42,13 @@ from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.generate import generate_all, pad_prompts
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.homes import open_store, pack_tables
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import write_row_file
-from engram_jax.memory.stores import TableStore
 from engram_jax.presets import preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
+from engram_jax.stores.open_store import open_store, pack_tables
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import write_row_file
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.runs import new_state
 from engram_jax.training.setup import TrainSetup

@@ -19,14 +19,14 @@ import numpy as np
 from absl import flags
 
 from engram_jax.errors import require
-from engram_jax.memory.quantization import (
+from engram_jax.stores.quantization import (
   FORMATS,
   RowFormat,
   pack_rows,
   unpack_rows,
 )
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import RowFile, write_row_file
 from engram_jax.training.runs import TrainedModel, load_run
 from experiments import cli, progress
 from experiments.results import require_place

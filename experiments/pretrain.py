@@ -32,7 +32,7 @@ from engram_jax.data.tokenizers import END_ID, require_text
 from engram_jax.decoding.generate import generate_all
 from engram_jax.files import write_whole
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.stores import TableStore
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.json_values import read_object, to_text

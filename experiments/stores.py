@@ -8,9 +8,10 @@ from typing import Any
 from absl import flags
 
 from engram_jax.errors import require
-from engram_jax.memory.homes import open_store, reads_a_file
-from engram_jax.memory.quantization import FORMATS
-from engram_jax.memory.stores import RowStore, TableStore
+from engram_jax.stores.open_store import open_store, reads_a_file
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.quantization import FORMATS
+from engram_jax.stores.store import RowStore
 from engram_jax.training.runs import TrainedModel, load_run
 from experiments import progress
 

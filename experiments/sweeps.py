@@ -11,8 +11,8 @@ from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.pipeline import held_out_batches
 from engram_jax.errors import NonFiniteError, require
-from engram_jax.memory.stores import TableStore
 from engram_jax.run_config import ExperimentConfig
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics

@@ -364,12 +364,12 @@ def test_the_tokenizer_must_fit_the_model():
 
 @pytest.mark.parametrize(
   "trained, used",
-  [("bucketed", "dropless"), ("dropless", "dropless"), ("ragged", "ragged")],
+  [("bucketed", "dense"), ("dense", "dense"), ("dropless", "dropless")],
 )
 def test_a_dispatch_that_drops_nothing(trained, used):
   moe = MoEConfig(**MOE | {"dispatch": trained})
-  assert ModelConfig(**MODEL, moe=moe).dropless_dispatch == used
-  assert ModelConfig(**MODEL).dropless_dispatch is None
+  assert ModelConfig(**MODEL, moe=moe).exact_dispatch == used
+  assert ModelConfig(**MODEL).exact_dispatch is None
 
 
 def test_engram_properties():

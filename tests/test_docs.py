@@ -28,7 +28,7 @@ ARGUMENTS_TO_DOCUMENT = frozenset(
   Transformer.init_cache apply_experts balance_loss batch_row_ids begin
   bucket_capacity causal_mask check_chunk check_sampling check_state collect
   constants constrain conv_reach decode_step dense_adam dense_gradient
-  dispatch_bucketed dispatch_by dispatch_ragged draw_multipliers embed
+  dispatch_bucketed dispatch_by dispatch_dropless draw_multipliers embed
   evaluation_batches expert_load fitting generate_all ids_per_device
   init_conv_state latent_attention_absorbed latent_attention_full look_up
   make_memory make_packed_eval_step make_train_step mean_capacity

@@ -22,7 +22,7 @@ def test_every_preset_is_a_model_that_can_be_built(name):
   found = preset(name)
   assert found == PRESETS[name]()
   assert found.source
-  assert all(item.endswith(".") for item in found.open)
+  assert all(item.endswith(".") for item in found.assumptions)
   _, params, _ = abstract_model(found.model)  # allocates nothing
   shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
   model = found.model

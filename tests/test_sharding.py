@@ -121,8 +121,8 @@ def test_a_run_that_fits(shape):
     ),
     (
       (4, 2, 1),
-      {"dispatch": "ragged"},
-      r"^model.moe.dispatch: ragged; valid: bucketed or dropless with",
+      {"dispatch": "dropless"},
+      r"^model.moe.dispatch: ragged; valid: bucketed or dense with",
     ),
   ],
 )

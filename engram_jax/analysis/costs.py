@@ -5,7 +5,7 @@ multiply-add: with weights, of queries with keys and of weights with values, and
 of the mixing of residual streams. Norms, gates, the softmax, Sinkhorn's
 normalisations and the memory's convolution are left out, well under a percent
 at the published sizes; so are what a dispatch computes in vain (buckets filled
-up to their capacity, `dropless`), and what attention in blocks or a loss in
+up to their capacity, `dense`), and what attention in blocks or a loss in
 chunks computes twice. A table's rows are read, not multiplied.
 """
 

@@ -18,7 +18,7 @@ from engram_jax.errors import require, require_finite, require_in_range
 from engram_jax.memory.breaks import require_integers
 from engram_jax.memory.lookup import Tables
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.stores import RowStore
+from engram_jax.stores.store import RowStore
 
 
 def gate_map(
@@ -65,7 +65,7 @@ def gate_map(
 
 @nnx.jit
 def _gates(model, token_ids, rows):
-  dispatch = model.config.dropless_dispatch
+  dispatch = model.config.exact_dispatch
   return model(token_ids, rows, dispatch=dispatch).gates
 
 

@@ -30,7 +30,7 @@ def bucket_capacity(
   return min(tokens, math.ceil(tokens * top_k * factor / num_experts))
 
 
-def dispatch_dropless(
+def dispatch_dense(
   x: Float[Array, "T D"],
   expert_ids: Int[Array, "T k"],
   weights: Float[Array, "T k"],
@@ -179,7 +179,7 @@ def dispatch_bucketed(
   only a capacity of T makes tokens independent of each other.
 
   Args:
-    x: `[T, D]`; the others as in `dispatch_dropless`.
+    x: `[T, D]`; the others as in `dispatch_dense`.
     capacity: assignments that one expert takes; see `bucket_capacity`.
 
   Returns:
@@ -195,7 +195,7 @@ def dispatch_bucketed(
   return from_buckets(out, expert_ids, slots, weights)
 
 
-def dispatch_ragged(
+def dispatch_dropless(
   x: Float[Array, "T D"],
   expert_ids: Int[Array, "T k"],
   weights: Float[Array, "T k"],
@@ -207,7 +207,7 @@ def dispatch_ragged(
 ) -> Float[Array, "T D"]:
   """Drops nothing and computes nothing twice: `jax.lax.ragged_dot`.
 
-  Arguments and result as in `dispatch_dropless`; all ids are in 0..E-1.
+  Arguments and result as in `dispatch_dense`; all ids are in 0..E-1.
   """
   order, place, load, _ = _sort_by_expert(expert_ids, gate.shape[0])
   rows = x[order // expert_ids.shape[1]]  # [A, D]
@@ -242,10 +242,10 @@ def dispatch_by(
     *(w.astype(dtype) for w in (gate, up, down)),
   )
   dropped = jnp.zeros((), jnp.float32)
+  if form == "dense":
+    return dispatch_dense(*arguments), dropped
   if form == "dropless":
     return dispatch_dropless(*arguments), dropped
-  if form == "ragged":
-    return dispatch_ragged(*arguments), dropped
   capacity = bucket_capacity(
     x.shape[0],
     num_experts=gate.shape[0],

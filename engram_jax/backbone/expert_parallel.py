@@ -5,12 +5,12 @@ tokens of the whole batch on every device. So both happen inside one
 `shard_map`: each device routes its part of the batch as one device routes the
 whole, and holds E / n of the experts, of these its slice of the hidden width F.
 
-  dropless  all_gather of the group's tokens; own experts on all of them;
+  dense  all_gather of the group's tokens; own experts on all of them;
             reduce-scatter of the sums to the tokens' owners. Exact under any
             load, for n times the memory: the oracle on a mesh
   bucketed  own tokens to buckets [E, C, D]; all_to_all; own experts on
             [E / n, n C, D]; all_to_all; own tokens' sums out of the buckets
-  ragged    as on one device; there is none for n > 1
+  dropless  as on one device; there is none for n > 1
 
 What a device has then is the sum over its slice of F; the slices are added
 last, when a token is one row again and not one for each of its experts. Axes
@@ -88,7 +88,7 @@ def apply_routed(
   require(form in FORMS, "dispatch", form, f"one of {', '.join(FORMS)}")
   devices = sharding.size(mesh, EXPERT)
   valid = f"bucketed or dropless with mesh.expert = {devices}"
-  require(form != "ragged" or devices == 1, "dispatch", form, valid)
+  require(form != "dropless" or devices == 1, "dispatch", form, valid)
   for field, value, axes in (
     ("x.shape[0]", x.shape[0], BATCH),
     ("num_experts", gate.shape[0], (EXPERT,)),
@@ -135,12 +135,12 @@ def _dispatch_by(
   return lax.psum(y, TENSOR).astype(dtype), dropped
 
 
-def _dropless(x, expert_ids, weights, *stacks, capacity_factor):
+def _dense(x, expert_ids, weights, *stacks, capacity_factor):
   """Tokens [T, D] to float32 sums over this slice of F, and drops."""
   del capacity_factor
   gather = partial(lax.all_gather, axis_name=EXPERT, tiled=True)
   first = lax.axis_index(EXPERT) * stacks[0].shape[0]
-  y = dispatch.dispatch_dropless(
+  y = dispatch.dispatch_dense(
     gather(x),
     gather(expert_ids) - first,
     gather(weights),
@@ -151,7 +151,7 @@ def _dropless(x, expert_ids, weights, *stacks, capacity_factor):
 
 
 def _bucketed(x, expert_ids, weights, *stacks, capacity_factor):
-  """As `_dropless`, within a capacity."""
+  """As `_dense`, within a capacity."""
   num_experts = stacks[0].shape[0] * lax.axis_size(EXPERT)
   capacity = dispatch.bucket_capacity(
     x.shape[0],
@@ -172,13 +172,13 @@ def _bucketed(x, expert_ids, weights, *stacks, capacity_factor):
   return y, lax.psum(dropped, BATCH)
 
 
-def _ragged(x, expert_ids, weights, *stacks, capacity_factor):
-  """As `_dropless`, where all experts are on this device."""
+def _dropless(x, expert_ids, weights, *stacks, capacity_factor):
+  """As `_dense`, where all experts are on this device."""
   del capacity_factor
-  y = dispatch.dispatch_ragged(
+  y = dispatch.dispatch_dropless(
     x, expert_ids, weights, *stacks, dtype=jnp.float32
   )
   return y, jnp.zeros((), jnp.float32)
 
 
-FORMS = {"dropless": _dropless, "bucketed": _bucketed, "ragged": _ragged}
+FORMS = {"dense": _dense, "bucketed": _bucketed, "dropless": _dropless}

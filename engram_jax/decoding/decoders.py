@@ -34,21 +34,16 @@ from engram_jax.decoding.state import (
 )
 from engram_jax.decoding.weights import DecodingModel, for_decoding
 from engram_jax.errors import require
-from engram_jax.memory.hashing import NO_TOKEN
+from engram_jax.memory.hashing import NON_TEXT_ID
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.prefetch import (
+from engram_jax.stores.prefetch import (
   Prefetcher,
   read_to_device,
   require_rows,
   row_ids_on_host,
 )
-from engram_jax.memory.stores import (
-  OwnBuffers,
-  PackedRows,
-  ProgramStore,
-  RowStore,
-  unpack,
-)
+from engram_jax.stores.program_stores import ProgramStore
+from engram_jax.stores.store import OwnBuffers, PackedRows, RowStore, unpack
 from engram_jax.types import History, Rows, TokenIds
 
 #: float32 [B, V], logits after each sequence's last token, and the state.
@@ -199,7 +194,7 @@ class Decoder:
     # Padding is no text, and any id: its rows, which nobody uses, are always
     # the same.
     canonical = self.memory.compression(np.where(is_real, tokens, 0))
-    canonical = np.where(is_real, canonical, NO_TOKEN)
+    canonical = np.where(is_real, canonical, NON_TEXT_ID)
     packed = self._start_reading(canonical, history)
     after = last_ids(canonical, history, lengths)
     row_format = self.store.row_format

@@ -116,7 +116,7 @@ def _through(
   """The streams and the cache after these blocks and their Engram layers."""
   config = model.config
   positions = cache.lengths[:, None] + jnp.arange(streams.shape[1])
-  context = Context(positions, dispatch=config.dropless_dispatch)
+  context = Context(positions, dispatch=config.exact_dispatch)
   attention, conv = list(cache.attention), dict(cache.conv)
   for i in numbers:
     if rows is not None and i in rows:

@@ -35,7 +35,8 @@ from engram_jax.errors import (
   require_integer,
 )
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.stores import RowStore, TableStore
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.store import RowStore
 
 #: Stands where a sequence had ended before, or has not begun.
 NO_TOKEN = -1

@@ -79,6 +79,6 @@ class Engram(nn.Module):
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
   ) -> tuple[AnyHidden, ConvState | None]:
-    """The update, shaped as `hidden`, and the decode state, as `engram_jax.Engram`."""
+    """The update, of `hidden`'s shape, and the decode state."""
     fused = self.fuse(hidden, rows, state=state, breaks=breaks, lengths=lengths)
     return fused.update, fused.state

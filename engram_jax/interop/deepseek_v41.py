@@ -59,8 +59,8 @@ from engram_jax.interop.v41_config import (
 )
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import BLOCK, RowFormat
-from engram_jax.memory.stores import HostReads
+from engram_jax.stores.host_stores import HostReads
+from engram_jax.stores.quantization import BLOCK, RowFormat
 from engram_jax.types import Break
 
 TableBytes = tuple[UInt8[np.ndarray, "_R d"], UInt8[np.ndarray, "_R blocks"]]

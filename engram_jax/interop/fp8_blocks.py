@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from engram_jax.errors import require
-from engram_jax.memory.quantization import (
+from engram_jax.stores.quantization import (
   BLOCK,
   RowFormat,
   pack_rows,

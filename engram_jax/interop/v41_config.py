@@ -27,7 +27,7 @@ from engram_jax.identity import WeightsIdentity
 from engram_jax.interop.safetensors_files import are_sizes, is_size, read_json
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import BLOCK
+from engram_jax.stores.quantization import BLOCK
 
 #: The fields of the released model, DeepSeek-V4.1-Flash.
 RELEASED = {

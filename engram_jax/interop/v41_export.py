@@ -38,7 +38,7 @@ from engram_jax.interop.v41_config import (
   fields_of,
 )
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat, pack_rows
+from engram_jax.stores.quantization import RowFormat, pack_rows
 
 #: Rows that `pack_chunks` packs at a time.
 CHUNK = 2**16

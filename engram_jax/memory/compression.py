@@ -37,6 +37,7 @@ from engram_jax.errors import (
 )
 from engram_jax.files import whole_file
 
+#: Canonical id of a position without text, also in a history.
 NON_TEXT_ID = -1
 _FORMAT = "engram_jax.TokenCompression/1"
 _UNDECODABLE = "\ufffd"

@@ -139,21 +139,22 @@ def lookup(
   require(capacity >= 1, "capacity", capacity, "an integer >= 1")
   tables = {i: sharding.constrain(t, sharding.TABLE) for i, t in tables.items()}
   row_ids = {
-    i: sharding.constrain(ids, sharding.LOOKUPS) for i, ids in row_ids.items()
+    i: sharding.constrain(ids, sharding.TOKENS_BY_DEVICE)
+    for i, ids in row_ids.items()
   }
   if strategy == "gather":
     plan = Plan(sharding.TABLE, None, P())
     body = _gather
   else:
-    plan = Plan(sharding.TABLE, sharding.LOOKUPS, P())
+    plan = Plan(sharding.TABLE, sharding.TOKENS_BY_DEVICE, P())
 
     def body(tables, row_ids):
       return _exchange(tables, row_ids, devices=devices, capacity=capacity)
 
   rows, plan = jax.shard_map(
     body,
-    in_specs=(sharding.TABLE, sharding.LOOKUPS),
-    out_specs=(sharding.LOOKUPS, plan),
+    in_specs=(sharding.TABLE, sharding.TOKENS_BY_DEVICE),
+    out_specs=(sharding.TOKENS_BY_DEVICE, plan),
   )(tables, row_ids)
   # The devices of a tensor group compute with the same tokens.
   spec = sharding.TOKENS
@@ -178,7 +179,8 @@ def reduce_row_gradients(
   mesh = _require_mesh()
   devices = sharding.size(mesh)
   gradients = {
-    i: sharding.constrain(g, sharding.LOOKUPS) for i, g in gradients.items()
+    i: sharding.constrain(g, sharding.TOKENS_BY_DEVICE)
+    for i, g in gradients.items()
   }
   shard = {i: num_rows[i] // devices for i in gradients}
 
@@ -200,7 +202,7 @@ def reduce_row_gradients(
     }
     return _summed(everyone, owned, shard)
 
-  table, lookups = sharding.TABLE, sharding.LOOKUPS
+  table, lookups = sharding.TABLE, sharding.TOKENS_BY_DEVICE
   if plan.slots is None:
     body, specs = gather, (table, lookups)
     arguments = (plan.owned, gradients)

@@ -42,6 +42,7 @@ from engram_jax.memory.breaks import (
   require_integers,
   resolve_breaks,
 )
+from engram_jax.memory.compression import NON_TEXT_ID
 from engram_jax.memory.limbs import (
   mixes_by_order,
   one_per_column,
@@ -51,9 +52,6 @@ from engram_jax.types import Break, Breaks, CanonicalIds, History, RowIds
 
 #: As packed data have them; see `breaks_from_segments`.
 Segments = Int[Array | np.ndarray, "B L"]
-
-#: Stands in a history, and in canonical ids, where there is no text.
-NO_TOKEN = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -310,7 +308,7 @@ class NgramHash:
 
   def empty_history(self, batch: int) -> History:
     """int32 [B, N-1]: nothing came before."""
-    return jnp.full((batch, self.max_order - 1), NO_TOKEN, jnp.int32)
+    return jnp.full((batch, self.max_order - 1), NON_TEXT_ID, jnp.int32)
 
   def next_history(
     self,
@@ -332,7 +330,7 @@ class NgramHash:
         is padding on the right); None for all.
 
     Returns:
-      int32 [B, N-1], oldest first; `NO_TOKEN` where a look-back would stop.
+      int32 [B, N-1], oldest first; `NON_TEXT_ID` where a look-back would stop.
     """
     breaks = resolve_breaks(breaks, segment_ids)
     window = self._window(canonical, history, breaks)
@@ -350,7 +348,7 @@ class NgramHash:
     positions = jnp.arange(1, canonical.shape[1] + 1)
     is_last = (positions == lengths[:, None])[..., None]
     last = jnp.sum(jnp.where(is_last, recent, 0), axis=1)
-    before = NO_TOKEN if history is None else history
+    before = NON_TEXT_ID if history is None else history
     return jnp.where(lengths[:, None] == 0, before, last)
 
   def validate(
@@ -370,7 +368,7 @@ class NgramHash:
       check_breaks(breaks)
 
   def _window(self, canonical, history, breaks, *, xp: Any = jnp):
-    """N arrays [B, L]: the id k positions back; `NO_TOKEN` once latched."""
+    """N arrays [B, L]: the id k positions back; `NON_TEXT_ID` once latched."""
     require(canonical.ndim == 2, "canonical", canonical.shape, "shape [B, L]")
     require_integers("canonical", canonical)
     batch, length = canonical.shape
@@ -389,7 +387,7 @@ class NgramHash:
 
     breaks = breaks.astype(xp.int8)
     text = (canonical >= 0) & (breaks != Break.NON_TEXT)
-    ids = xp.where(text, canonical, NO_TOKEN).astype(xp.int32)
+    ids = xp.where(text, canonical, NON_TEXT_ID).astype(xp.int32)
     starts = breaks == Break.DOCUMENT_START
 
     def back(x, steps, fill):
@@ -400,13 +398,13 @@ class NgramHash:
 
     columns, reachable = [], xp.ones_like(canonical, bool)
     for steps in range(self.max_order):
-      here = back(ids, steps, NO_TOKEN)
+      here = back(ids, steps, NON_TEXT_ID)
       if history is not None and steps:
         known = history[:, past - steps :][:, :length]
         rest = ids[:, : length - known.shape[1]]
         here = xp.concatenate([known, rest], axis=1).astype(xp.int32)
       reachable = reachable & (here >= 0)
-      columns.append(xp.where(reachable, here, NO_TOKEN))
+      columns.append(xp.where(reachable, here, NON_TEXT_ID))
       # A document's first token may be read, what lies behind it may not.
       reachable = reachable & ~back(starts, steps, False)
     return columns

@@ -53,6 +53,10 @@ from engram_jax.memory.lookup import (
 )
 from engram_jax.memory.row_sparse import RowOptimizer
 from engram_jax.memory.table import init_table
+from engram_jax.stores.open_store import open_store
+from engram_jax.stores.prefetch import read_to_device, require_rows
+from engram_jax.stores.program_stores import ProgramStore
+from engram_jax.stores.store import RowStore, unpack
 from engram_jax.types import RowIds, Rows
 
 # Of a batch, on the device or still on the host.
@@ -242,7 +246,7 @@ class Memory:
 
   def lookup(
     self,
-    tables: Any,
+    tables: Tables | RowStore,
     tokens: TokenArray,
     *,
     breaks: BreakArray | None = None,
@@ -282,17 +286,12 @@ class Memory:
       return lookup_rows(tables, row_ids, strategy=strategy, capacity=capacity)
     return self._lookup_in_store(tables, tokens, context)
 
-  def _lookup_in_store(self, store, tokens, context) -> Lookup:
-    from engram_jax.memory.prefetch import read_to_device, require_rows
-    from engram_jax.memory.stores import HostReads, unpack
-
+  def _lookup_in_store(self, store: RowStore, tokens, context) -> Lookup:
     require_rows(store, self.hashing)
-    traced = isinstance(tokens, jax.core.Tracer)
-    on_host = isinstance(store, HostReads) or not hasattr(store, "tables")
-    valid = "tables, or a store on the device; look up before the jitted step"
-    name = f"{type(store).__name__} inside jit"
-    require(not (traced and on_host), "store", name, valid)
-    if traced:
+    if isinstance(tokens, jax.core.Tracer):
+      name = f"{type(store).__name__} inside jit"
+      valid = "tables, or a store on the device; look up before the jitted step"
+      require(isinstance(store, ProgramStore), "store", name, valid)
       row_ids = self.row_ids(tokens, **context)
       packed = store.read(row_ids)
     else:
@@ -408,20 +407,20 @@ class Memory:
 
   # --- rows elsewhere ---
 
-  def open_store(self, home: str, tables: Tables | None = None, **options):
+  def open_store(
+    self, home: str, tables: Tables | None = None, **options: Any
+  ) -> RowStore:
     """A store of this memory's rows, in the home that a word names.
 
     Args:
       home: `device`, `pinned`, `host` or `file:PATH`.
       tables: [R, d] per Engram layer, to be packed; None for a file.
-      **options: as of `homes.open_store`: `row_format`, `verify`,
+      **options: as of `open_store`: `row_format`, `verify`,
         `cache_bytes`.
 
     Raises:
-      InputError: as `homes.open_store`: above all, a file of another memory.
+      InputError: as `open_store`: above all, a file of another memory.
     """
-    from engram_jax.memory.homes import open_store
-
     return open_store(
       home,
       tables,

@@ -129,7 +129,7 @@ class Checkpoints:
     look = lambda: broken_steps(self.directory, set_aside=not reads)
     # A reader may be one process alone.
     self._broken = (
-      look() if reads else processes.together(look, main_first=True)
+      look() if reads else processes.on_all_processes(look, main_first=True)
     )
     of_writers = {
       "preservation_policy": keep,

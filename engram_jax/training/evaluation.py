@@ -22,13 +22,14 @@ from engram_jax.memory.lookup import (
   require_tables,
   shuffle_row_ids,
 )
-from engram_jax.memory.prefetch import (
+from engram_jax.stores.prefetch import (
   Prefetcher,
   prefetched,
   read_to_device,
   require_rows,
 )
-from engram_jax.memory.stores import PackedRows, RowStore, TableStore, unpack
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.store import PackedRows, RowStore, unpack
 from engram_jax.training.losses import model_loss
 from engram_jax.training.setup import Batch, TrainSetup
 
@@ -223,6 +224,6 @@ def _loss(setup, model, rows, batch):
     rows,
     batch,
     chunk=setup.train.loss_chunk,
-    dispatch=setup.model.dropless_dispatch,
+    dispatch=setup.model.exact_dispatch,
   )
   return loss, jnp.sum(batch["loss_mask"])

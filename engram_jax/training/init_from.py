@@ -2,7 +2,8 @@
 
 Parameters, balancing biases and tables are another run's; the optimizer, the
 schedule, the data and their order begin anew. So the two may differ in whatever
-does not say what the weights are or mean (`run_metadata.FREE_ON_INIT`); the rest is refused.
+does not say what the weights are or mean (`run_metadata.FREE_ON_INIT`); the
+rest is refused.
 The tokenizer is part of what they mean: it comes with them, and any other text
 is encoded with it.
 
@@ -169,8 +170,8 @@ def record_source(folder: RunFolder, source: SourceCheckpoint) -> None:
 def init_state_from(source: SourceCheckpoint, setup: TrainSetup) -> TrainState:
   """The state at the start of a run with the weights of `source`.
 
-  As in `TrainSetup.init_state` every array is born where it is to lie, also where the
-  other run had other devices.
+  As in `TrainSetup.init_state` every array is born where it is to lie, also
+  where the other run had other devices.
 
   Args:
     source: from `find_source`; `require_same` is the caller's.

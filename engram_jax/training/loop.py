@@ -33,8 +33,8 @@ from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, NonFiniteError, require
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.stores import TableStore
 from engram_jax.run_config import ExperimentConfig
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import require_own_files
@@ -120,22 +120,22 @@ def run(
   train = config.train
   progress = progress and processes.is_main()
   say = _say if progress else lambda line: None
-  mesh = processes.together(lambda: _make_mesh(config))
+  mesh = processes.on_all_processes(lambda: _make_mesh(config))
   if mesh is not None:
     say(f"Devices: {', '.join(f'{a} {n}' for a, n in mesh.shape.items())}")
   source = find_source(
     workdir, config, init_from=init_from, init_step=init_step
   )
   with contextlib.ExitStack() as stack:
-    folder = processes.together(
+    folder = processes.on_all_processes(
       lambda: _enter(workdir, config, stack), main_first=True
     )
-    processes.together(lambda: divergence.require_none(folder))
+    processes.on_all_processes(lambda: divergence.require_none(folder))
     say("Preparing the text (done once for each text and tokenizer) ...")
     tokenizer_path = tokenizer_of(folder, source)
     if tokenizer_path is not None:
       say(f"The tokenizer comes with the weights: {tokenizer_path}")
-    data = processes.together(
+    data = processes.on_all_processes(
       lambda: prepare(
         config.data,
         tokenizer_path=tokenizer_path,
@@ -146,7 +146,7 @@ def run(
     )
     sizes = {name: f"{info.tokens:,}" for name, info in data.splits.items()}
     say(f"Tokens: {sizes['train']} to train on, {sizes['validation']} held out")
-    memory, iterator, evaluation = processes.together(
+    memory, iterator, evaluation = processes.on_all_processes(
       lambda: _prepare_run(config, folder, data)
     )
     saved = Checkpoints(
@@ -156,7 +156,7 @@ def run(
     )
     stack.push(_closing(saved))
     stack.enter_context(
-      processes.saying_what_was_lost(lambda: _how_to_go_on(folder))
+      processes.reporting_lost_processes(lambda: _how_to_go_on(folder))
     )
     stored = None
     if saved.latest_step() is not None:
@@ -174,13 +174,13 @@ def run(
       held_out_digest=data.splits["validation"].digest,
     )
     if stored is not None:
-      processes.together(
+      processes.on_all_processes(
         lambda: require_own_files(folder.tokenizer, folder.compression, stored)
       )
       require_same_run(stored, expected)
     elif source is not None:
       source.require_same(expected)
-    processes.together(lambda: _require_as_on_main(expected))
+    processes.on_all_processes(lambda: _require_as_on_main(expected))
     setup = TrainSetup.create(
       config.model, train, memory, mesh=mesh, mesh_config=config.mesh
     )
@@ -368,7 +368,7 @@ class _Loop:
         state, metrics = compiled(state, batch)
         # One small transfer a step: a step that is not finite must be the
         # last one, and one without room for its rows is taken again.
-        metrics = processes.fetch(metrics)
+        metrics = processes.to_host(metrics)
         needed = metrics.get("lookup_needed", 0)
         if not capacity.suffices(needed):
           capacity = capacity.grown(needed)
@@ -441,7 +441,7 @@ class _Loop:
         self._diverged(step, f"the evaluation: {error}")
       self.writer.write(step, {"loss": loss}, kind="eval")
     if saves:
-      if not processes.fetch(divergence.weights_are_finite(state)):
+      if not processes.to_host(divergence.weights_are_finite(state)):
         self._diverged(step, "some weights are not finite")
       self.saved.save(
         step,

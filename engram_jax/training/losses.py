@@ -32,8 +32,8 @@ from engram_jax.errors import require
 from engram_jax.sharding import (
   AXES,
   BATCH,
-  LOOKUPS,
   TENSOR,
+  TOKENS_BY_DEVICE,
 )
 
 
@@ -105,7 +105,7 @@ def chunked_cross_entropy(
     matrix = sharding.gathered(matrix, of_matrix, dtype=dtype)
     return lax.psum(jnp.sum(sum_chunks(hidden, matrix, targets, mask)), AXES)
 
-  specs = (LOOKUPS, of_matrix, LOOKUPS, LOOKUPS)
+  specs = (TOKENS_BY_DEVICE, of_matrix, TOKENS_BY_DEVICE, TOKENS_BY_DEVICE)
   arrays = (hidden, matrix, targets, mask)
   placed = [sharding.constrain(x, spec) for x, spec in zip(arrays, specs)]
   return jax.shard_map(of_device, in_specs=specs, out_specs=P())(*placed)

@@ -2,12 +2,13 @@
 
 Each process drives its own devices, and all run the same program on the same
 global arrays. What only one may do, such as writing a file, process 0 does.
-What one finds wrong is raised by all (`together`), so that none waits for a
-process that has given up. With a single process nothing here does anything.
+What one finds wrong is raised by all (`on_all_processes`), so that none waits
+for a process that has given up. With a single process nothing here does
+anything.
 
 A lost process is noticed in one of two ways:
   by a collective    on CPU one fails at once, as the connection is closed, and
-                     one line says so: `fetch`, `saying_what_was_lost`.
+                     one line says so: `to_host`, `reporting_lost_processes`.
   by its heartbeat   or rather by none for `lost_after` seconds; if it was
                      process 0, which listens for them, at once. JAX then aborts
                      the others, whatever they wait for, in words of its own.
@@ -231,7 +232,7 @@ def _any_of_all() -> tuple[NamedSharding, Callable[[Array], Array]]:
   return split, jax.jit(jnp.any, out_shardings=whole)
 
 
-def fetch(results: Any) -> Any:
+def to_host(results: Any) -> Any:
   """`jax.device_get` of what one program gave, noticing the loss of a process.
 
   Args:
@@ -251,7 +252,7 @@ def fetch(results: Any) -> Any:
   return jax.device_get(results)
 
 
-def together(action: Callable[[], T], *, main_first: bool = False) -> T:
+def on_all_processes(action: Callable[[], T], *, main_first: bool = False) -> T:
   """`action()` in every process; what one raises, all raise.
 
   Args:
@@ -332,7 +333,7 @@ def _client() -> Any:
 
 
 @contextlib.contextmanager
-def saying_what_was_lost(
+def reporting_lost_processes(
   advice: Callable[[], str] = lambda: "start all processes again",
 ) -> Iterator[None]:
   """Makes a `ProcessLostError` of what the loss of a process raises.

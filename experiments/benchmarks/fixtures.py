@@ -18,13 +18,12 @@ import numpy as np
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat, pack_rows, unpack_rows
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
-from engram_jax.memory.stores import (
+from engram_jax.stores.host_stores import FileStore, HostReads
+from engram_jax.stores.quantization import RowFormat, pack_rows, unpack_rows
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import RowFile, write_row_file
+from engram_jax.stores.store import (
   Buffers,
-  FileStore,
-  HostReads,
   PackedRows,
   ReadStatistics,
   RowIdsByLayer,

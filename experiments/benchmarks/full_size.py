@@ -24,7 +24,7 @@ from engram_jax.errors import require
 from engram_jax.interop.deepseek_v41 import open_v41, tensor_shapes
 from engram_jax.interop.safetensors_files import encode_header
 from engram_jax.interop.v41_config import QUANTIZATION, RELEASED, V41Fields
-from engram_jax.memory.stores import unpack
+from engram_jax.stores.store import unpack
 from experiments.benchmarks import harness
 
 #: Rows of each table, by Engram layer.

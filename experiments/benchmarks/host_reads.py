@@ -24,18 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.errors import first_line
-from engram_jax.memory.pinned import gather_on_host
-from engram_jax.memory.prefetch import read_to_device
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import (
-  Buffers,
-  DeviceStore,
-  HostStore,
-  PackedRows,
-  PinnedStore,
-  unpack,
-)
 from engram_jax.memory.table import lookup
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.pinned import gather_on_host
+from engram_jax.stores.prefetch import read_to_device
+from engram_jax.stores.program_stores import DeviceStore, PinnedStore
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.store import Buffers, PackedRows, unpack
 from experiments.benchmarks import fixtures, harness
 
 #: Engram layers of V4.1.

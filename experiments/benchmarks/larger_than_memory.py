@@ -36,12 +36,13 @@ from engram_jax.data.prepared import prepare
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import require
 from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hot_rows import CachedStore
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_files import RowFile
-from engram_jax.memory.stores import FileStore, TableStore
 from engram_jax.presets import preset as find_preset
+from engram_jax.stores.host_stores import FileStore
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_cache import CachedStore
+from engram_jax.stores.row_files import RowFile
 from experiments.benchmarks import fixtures, harness
 from experiments.benchmarks.models import random_model
 from experiments.configs.preset import experiment_of

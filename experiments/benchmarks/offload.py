@@ -56,16 +56,15 @@ from engram_jax.errors import InputError, require
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import (
+from engram_jax.presets import preset as find_preset
+from engram_jax.stores.host_stores import FileStore, HostStore
+from engram_jax.stores.program_stores import (
   DeviceStore,
-  FileStore,
-  HostStore,
   PinnedStore,
-  RowStore,
   TableStore,
 )
-from engram_jax.presets import preset as find_preset
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.store import RowStore
 from experiments.benchmarks import harness
 from experiments.benchmarks.fixtures import (
   SlowStore,

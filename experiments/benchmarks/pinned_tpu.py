@@ -45,12 +45,12 @@ from engram_jax.decoding.weights import for_decoding
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.pinned import gather_on_host, pinned_format
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import PackedRows, unpack
 from engram_jax.memory.table import lookup
 from engram_jax.presets import Preset
 from engram_jax.presets import preset as find_preset
+from engram_jax.stores.pinned import gather_on_host, pinned_format
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.store import PackedRows, unpack
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import harness, models
 from experiments.compile_for_pod import HBM_GIB, devices_of

@@ -28,9 +28,11 @@ import numpy as np
 from engram_jax.data.pipeline import held_out_batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError, require
-from engram_jax.memory.homes import pack_tables
-from engram_jax.memory.quantization import FORMATS, RowFormat, unpack_rows
-from engram_jax.memory.stores import HostStore, RowStore, TableStore
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.open_store import pack_tables
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.quantization import FORMATS, RowFormat, unpack_rows
+from engram_jax.stores.store import RowStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
   batch_losses,

@@ -41,7 +41,7 @@ CONFIG = ModelConfig(
   ),
   dense_size=24,
   moe=MoEConfig(
-    num_experts=3, top_k=3, expert_size=10, num_shared=2, dispatch="dropless"
+    num_experts=3, top_k=3, expert_size=10, num_shared=2, dispatch="dense"
   ),
   engram=MEMORY,
 )

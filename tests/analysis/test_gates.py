@@ -58,7 +58,7 @@ def arguments():
   return model, tables, hashing, TokenCompression.identity(40)
 
 
-def test_gates_are_those_of_the_dropless_model(arguments):
+def test_gates_are_those_of_the_dense_model(arguments):
   model, tables, hashing, compression = arguments
   gates = gate_map(*arguments, IDS)
   assert sorted(gates) == [0, 1]
@@ -67,7 +67,7 @@ def test_gates_are_those_of_the_dropless_model(arguments):
 
   @nnx.jit
   def both(model):
-    forms = ("dropless", "bucketed")
+    forms = ("dense", "bucketed")
     return [model(ids, rows, dispatch=form).gates for form in forms]
 
   expected, dropping = both(model)

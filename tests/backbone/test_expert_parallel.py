@@ -95,7 +95,7 @@ def on_mesh(function, mesh):
 
 
 #: Dropless: with room enough the other forms give the same.
-alone = jax.jit(loss_of("dropless"))
+alone = jax.jit(loss_of("dense"))
 #: Of one device's part of the batch.
 tight_alone = jax.jit(loss_of("bucketed", balance=False))
 
@@ -147,7 +147,7 @@ class TestOnEightDevices:
   # Elsewhere they are not there at all: a skipped test reads as a missing one.
   __test__ = SIMULATED
 
-  @pytest.mark.parametrize("form", ["dropless", "bucketed"])
+  @pytest.mark.parametrize("form", ["dense", "bucketed"])
   @pytest.mark.parametrize("shape", MESHES)
   def test_values_and_gradients_are_those_of_one_device(self, shape, form):
     mesh = mesh_of(shape)
@@ -196,7 +196,7 @@ class TestOnEightDevices:
 
   @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 1, 2)])
   def test_ragged_without_an_expert_axis(self, shape):
-    found = compiled_for(shape, "ragged")(
+    found = compiled_for(shape, "dropless")(
       *placed(make(), tokens(), mesh_of(shape))
     )
     assert_trees_close(found, alone(make(), tokens()))
@@ -212,8 +212,8 @@ class TestOnEightDevices:
     assert all(whole % size == 0 for size in sizes), sizes
     assert bool(collectives(compiled, "all-to-all")) == (shape[1] > 1)
 
-  def test_the_search_finds_what_dropless_gathers(self):
-    gathered = collectives(compiled_for((2, 4, 1), "dropless"), "all-gather")
+  def test_the_search_finds_what_dense_gathers(self):
+    gathered = collectives(compiled_for((2, 4, 1), "dense"), "all-gather")
     assert ("f32", (BATCH * LENGTH // 2, WIDTH)) in gathered
 
   def test_bfloat16(self):
@@ -267,7 +267,7 @@ def test_no_mesh_no_parallel_experts():
     layer = make()
     weights = (layer.router, layer.bias, layer.gate, layer.up, layer.down)
     expert_parallel.apply_routed(
-      "dropless",
+      "dense",
       tokens(),
       *(w[...] for w in weights),
       top_k=TOP_K,
@@ -281,7 +281,7 @@ def test_no_mesh_no_parallel_experts():
   [
     (
       (4, 2, 1),
-      "ragged",
+      "dropless",
       BATCH,
       "dispatch: ragged; valid: bucketed or dropless with mesh.expert = 2",
     ),
@@ -299,11 +299,11 @@ def test_no_mesh_no_parallel_experts():
     ),
     (
       (1, 1, 4),
-      "dropless",
+      "dense",
       BATCH,
       "expert_size: 10; valid: a multiple of mesh.tensor = 4",
     ),
-    ((8, 1, 1), "dense", BATCH, "dispatch: dense; valid: one of dropless"),
+    ((8, 1, 1), "dense", BATCH, "dispatch: dense; valid: one of dense"),
   ],
 )
 def test_what_a_mesh_does_not_divide_is_refused(shape, form, batch, message):

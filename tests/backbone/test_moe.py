@@ -15,10 +15,10 @@ from engram_jax.config import MoEConfig
 from engram_jax.errors import InputError
 
 WIDTH, EXPERTS, TOP_K, FFN = 8, 5, 2, 6
-FORMS = ("dropless", "bucketed", "ragged")
+FORMS = ("dense", "bucketed", "dropless")
 
 
-dropless = jax.jit(dispatch.dispatch_dropless)
+dense = jax.jit(dispatch.dispatch_dense)
 bucketed = jax.jit(dispatch.dispatch_bucketed, static_argnames="capacity")
 route = jax.jit(routing.route, static_argnames="top_k")
 
@@ -78,7 +78,7 @@ def test_layer_equals_the_equations_in_float64():
   layer = make(num_shared=2)
   layer.bias[...] = 0.3 * normal(3, EXPERTS)
   x = normal(4, 2, 6, WIDTH)
-  run = jax.jit(lambda layer, x: layer(x, dispatch="dropless"))
+  run = jax.jit(lambda layer, x: layer(x, dispatch="dense"))
   y, metrics = run(layer, x)
 
   tokens = np.asarray(x, np.float64).reshape(-1, WIDTH)
@@ -132,19 +132,19 @@ def test_dispatches_are_equal_in_values_and_all_gradients(num_shared):
 
     return loss(layer, x)
 
-  plain = run("dropless")
+  plain = run("dense")
   # The bias is no parameter: its gradient, when asked for, is exactly 0.
   assert not plain[1][0].bias[...].any()
   assert np.abs(plain[1][0].router[...]).max() > 1e-3
-  for form in ("bucketed", "ragged"):
+  for form in ("bucketed", "dropless"):
     for a, b in zip(*map(jax.tree.leaves, (plain, run(form)))):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_that_are_elsewhere_count_for_nothing():
   x, (ids, weights), stacks = normal(5, 9, WIDTH), choose(6, 9), experts()
-  whole = dropless(x, ids, weights, *stacks)
-  run = jax.jit(dispatch.dispatch_dropless, static_argnames="dtype")
+  whole = dense(x, ids, weights, *stacks)
+  run = jax.jit(dispatch.dispatch_dense, static_argnames="dtype")
   parts = [
     run(
       x.astype(jnp.bfloat16),
@@ -159,7 +159,7 @@ def test_experts_that_are_elsewhere_count_for_nothing():
   error = np.abs(parts[0] + parts[1] - whole).max() / np.abs(whole).max()
   assert error < 0.03
   halves = [
-    dropless(x, ids - first, weights, *(w[first:end] for w in stacks))
+    dense(x, ids - first, weights, *(w[first:end] for w in stacks))
     for first, end in ((0, 2), (2, EXPERTS))
   ]
   np.testing.assert_allclose(sum(halves), whole, rtol=1e-4, atol=1e-4)
@@ -208,9 +208,7 @@ def test_gradients_with_drops_equal_those_of_the_kept_assignments():
 
   def plain(x, weights, *stacks):
     weights = jnp.where(kept, weights, 0)
-    return jnp.sum(
-      jnp.sin(dispatch.dispatch_dropless(x, ids, weights, *stacks))
-    )
+    return jnp.sum(jnp.sin(dispatch.dispatch_dense(x, ids, weights, *stacks)))
 
   arguments = (x, weights, *experts())
   where = tuple(range(5))
@@ -231,7 +229,7 @@ def test_capacity_of_the_mean_load_drops_the_later_tokens():
   arguments = (x, ids, weights, *experts())
   y, dropped = bucketed(*arguments, capacity=capacity)
   assert dropped == 2 * (tokens - 4)
-  full = dropless(*arguments)
+  full = dense(*arguments)
   np.testing.assert_allclose(y[:4], full[:4], rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(y[4:], 0.0)
 
@@ -245,8 +243,8 @@ def test_no_token_changes_an_earlier_one_when_buckets_are_full():
   np.testing.assert_array_equal(before[:, :7], after[:, :7])
 
 
-@pytest.mark.parametrize("form", ["dropless", "ragged"])
-def test_a_dropless_token_depends_on_itself_alone(form):
+@pytest.mark.parametrize("form", ["dense", "dropless"])
+def test_a_dense_token_depends_on_itself_alone(form):
   layer = make()
   x = normal(12, 2, 6, WIDTH)
   run = jax.jit(lambda x: layer(x, dispatch=form)[0])
@@ -254,7 +252,7 @@ def test_a_dropless_token_depends_on_itself_alone(form):
   changed = np.zeros((2, 6), bool)
   changed[0, 2] = True
   # `ragged_dot` may sum in another order when the groups move.
-  tolerance = 0 if form == "dropless" else 1e-5
+  tolerance = 0 if form == "dense" else 1e-5
   np.testing.assert_allclose(
     before[~changed], after[~changed], rtol=tolerance, atol=tolerance
   )
@@ -361,9 +359,7 @@ def test_the_bias_is_a_variable_of_its_own():
 def test_bad_arguments_are_refused():
   layer = make()
   x = normal(17, 1, 3, WIDTH)
-  with pytest.raises(
-    InputError, match="dispatch: dense; valid: one of dropless"
-  ):
+  with pytest.raises(InputError, match="dispatch: dense; valid: one of dense"):
     layer(x, dispatch="dense")
   with pytest.raises(
     InputError, match=r"x.shape: \(1, 3, 4\); valid: \[..., 8\]"

@@ -10,7 +10,7 @@ from engram_jax.backbone import routing
 from engram_jax.backbone.moe import MoE
 from engram_jax.config import MoEConfig
 
-FORMS = ("dropless", "bucketed", "ragged")
+FORMS = ("dense", "bucketed", "dropless")
 LOGITS = (-3e38, -1e30, -1e5, -104.0, -88.0, -70.0, 0.0, 88.0, 1e30)
 
 

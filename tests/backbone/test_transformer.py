@@ -94,7 +94,7 @@ def tables():
 @jax.jit
 def forward(model, token_ids, rows, breaks=None):
   """Experts without drops: no token then depends on its neighbours'."""
-  return model(token_ids, rows, breaks=breaks, dispatch="dropless")
+  return model(token_ids, rows, breaks=breaks, dispatch="dense")
 
 
 @jax.jit
@@ -317,9 +317,9 @@ def test_streams_start_as_a_plain_residual():
 
 
 def test_logits_are_made_of_what_is_returned(tables, output):
-  out = make()(tokens(), read(tables, tokens()), dispatch="dropless")
+  out = make()(tokens(), read(tables, tokens()), dispatch="dense")
   rows = read(tables, tokens())
-  without = make()(tokens(), rows, dispatch="dropless", logits=False)
+  without = make()(tokens(), rows, dispatch="dense", logits=False)
   assert without.logits is None
   np.testing.assert_array_equal(without.hidden, out.hidden)
   found = out.hidden @ make().output_matrix().T

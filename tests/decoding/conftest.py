@@ -37,7 +37,7 @@ class Tiny:
   @property
   def store(self):
     """The tables as a store."""
-    from engram_jax.memory.stores import TableStore
+    from engram_jax.stores.program_stores import TableStore
 
     return self.tables and TableStore(self.tables)
 
@@ -58,7 +58,7 @@ def _forward(model, tables, memory, token_ids):
   if memory is not None:
     row_ids = memory.hashing.hash(memory.compression(token_ids))
     rows = {i: tables[i][ids] for i, ids in row_ids.items()}
-  return model(token_ids, rows, dispatch="dropless").logits
+  return model(token_ids, rows, dispatch="dense").logits
 
 
 @functools.cache

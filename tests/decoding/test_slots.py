@@ -13,8 +13,8 @@ from engram_jax.decoding.generate import (
   pad_prompts,
 )
 from engram_jax.decoding.slots import insert
-from engram_jax.memory.homes import open_store, pack_tables
-from engram_jax.memory.stores import HostStore
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.open_store import open_store, pack_tables
 
 KEY = jax.random.key(3)
 PROMPTS = [

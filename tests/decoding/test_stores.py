@@ -13,12 +13,13 @@ from engram_jax.decoding.decoders import Decoder, last_ids
 from engram_jax.decoding.generate import generate, generate_all, pad_prompts
 from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.homes import open_store, pack_tables
-from engram_jax.memory.hot_rows import CachedStore
-from engram_jax.memory.quantization import unpack_rows
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import write_row_file
-from engram_jax.memory.stores import HostStore, TableStore
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.open_store import open_store, pack_tables
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.quantization import unpack_rows
+from engram_jax.stores.row_cache import CachedStore
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import write_row_file
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]

@@ -23,9 +23,9 @@ from engram_jax.config import (
 )
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.stores import TableStore
 from engram_jax.memory.table import init_table
 from engram_jax.run_config import MeshConfig, TrainConfig
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import runs
 from engram_jax.training.evaluation import batch_losses
 from engram_jax.training.runs import abstract_state
@@ -47,7 +47,7 @@ MODEL = ModelConfig(
     top_k=2,
     expert_size=8,
     num_shared=1,
-    dispatch="dropless",
+    dispatch="dense",
     # Room for every token of a device in every expert.
     capacity_factor=4.0,
   ),
@@ -84,7 +84,7 @@ LARGE_TRAIN = dict(optimizer="muon", loss_chunk=8)
 
 
 def make_program(
-  shape=None, *, model=MODEL, dispatch="dropless", engram=None, **train
+  shape=None, *, model=MODEL, dispatch="dense", engram=None, **train
 ):
   """A program for a mesh of this shape; on one device without."""
   moe = dataclasses.replace(MODEL.moe, dispatch=dispatch)

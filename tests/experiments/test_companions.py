@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from engram_jax.memory.row_files import RowFile
+from engram_jax.stores.row_files import RowFile
 from engram_jax.training.runs import load_run
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -18,7 +18,7 @@ def test_a_preset_is_counted_and_written(program, tmp_path):
     "count", "--preset=engram_27b", f"--out={out}", configured=False
   )
   assert done.returncode == 0, done.stderr
-  for words in ("26,725,659,860", "74.32%", *preset("engram_27b").open):
+  for words in ("26,725,659,860", "74.32%", *preset("engram_27b").assumptions):
     assert words in done.stdout
   found = json.loads(out.read_text())
   assert found["parameters"]["tables"] == 5_792_338_560

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from engram_jax.memory import stores
-from engram_jax.memory.quantization import RowFormat
+from engram_jax import stores
+from engram_jax.stores.quantization import RowFormat
 from experiments.benchmarks import fixtures, host_reads
 
 FORMAT = RowFormat("fp8", 32)

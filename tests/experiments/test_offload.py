@@ -10,16 +10,12 @@ import pytest
 from engram_jax.analysis.accounting import counting_hash
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import InputError
-from engram_jax.memory.prefetch import row_ids_on_host
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import write_row_file
-from engram_jax.memory.stores import (
-  DeviceStore,
-  FileStore,
-  HostStore,
-  TableStore,
-)
+from engram_jax.stores.host_stores import FileStore, HostStore
+from engram_jax.stores.prefetch import row_ids_on_host
+from engram_jax.stores.program_stores import DeviceStore, TableStore
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import write_row_file
 from experiments.benchmarks import fixtures, larger_than_memory, offload
 from tests.experiments.micro import experiment
 

@@ -10,10 +10,11 @@ from engram_jax.errors import InputError
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import unpack_rows
-from engram_jax.memory.row_files import RowFile
-from engram_jax.memory.stores import FileStore, unpack
 from engram_jax.memory.table import lookup
+from engram_jax.stores.host_stores import FileStore
+from engram_jax.stores.quantization import unpack_rows
+from engram_jax.stores.row_files import RowFile
+from engram_jax.stores.store import unpack
 from experiments import pack_memory as program_module
 from experiments.pack_memory import pack_memory
 

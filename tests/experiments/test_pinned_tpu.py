@@ -15,10 +15,14 @@ from flax import nnx
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.state import init_state
 from engram_jax.decoding.weights import for_decoding
-from engram_jax.memory.homes import pack_tables
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.quantization import unpack_rows
-from engram_jax.memory.stores import DeviceStore, PinnedStore, TableStore
+from engram_jax.stores.open_store import pack_tables
+from engram_jax.stores.program_stores import (
+  DeviceStore,
+  PinnedStore,
+  TableStore,
+)
+from engram_jax.stores.quantization import unpack_rows
 from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
 from experiments.benchmarks.models import make_program

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.homes import pack_tables
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import write_row_file
+from engram_jax.stores.open_store import pack_tables
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import write_row_file
 from engram_jax.training.metrics import read_metrics
 from engram_jax.training.runs import load_run
 

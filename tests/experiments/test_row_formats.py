@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from engram_jax.errors import InputError
-from engram_jax.memory.homes import open_store
-from engram_jax.memory.quantization import FORMATS, RowFormat, pack_rows
+from engram_jax.stores.open_store import open_store
+from engram_jax.stores.quantization import FORMATS, RowFormat, pack_rows
 from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.runs import new_state
 from experiments.benchmarks import row_formats

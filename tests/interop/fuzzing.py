@@ -1,7 +1,7 @@
 """Damaged files: never a crash, a hang or a wrong row, always one clear line.
 
 A case damages a good file and then opens and reads it, or asks a good one for
-damaged ids. Two readers: row files (`memory/row_files.py`) and checkpoints in
+damaged ids. Two readers: row files (`stores/row_files.py`) and checkpoints in
 V4.1's layout (`interop/deepseek_v41.py`). What is damaged:
 
   header   bytes of it, or a field of its JSON (length and checksum put right)
@@ -39,10 +39,10 @@ from engram_jax.fusion.engram import EngramParams, param_shapes
 from engram_jax.interop.deepseek_v41 import open_v41
 from engram_jax.interop.v41_export import export_v41
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
-from engram_jax.memory.stores import FileStore
+from engram_jax.stores.host_stores import FileStore
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import RowFile, write_row_file
 
 GOOD = ("refused", "right", "noticed")
 #: Seconds after which a case counts as hung.

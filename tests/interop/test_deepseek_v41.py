@@ -23,9 +23,9 @@ from engram_jax.interop.deepseek_v41 import (
 from engram_jax.interop.fp8_blocks import pack_blocks, unpack_blocks
 from engram_jax.interop.v41_config import RELEASED, V41Fields
 from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import unpack
 from engram_jax.presets import preset
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.store import unpack
 
 
 def numbers(values, scales, side=1):

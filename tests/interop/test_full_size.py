@@ -10,7 +10,7 @@ import pytest
 
 from engram_jax.errors import InputError
 from engram_jax.interop.deepseek_v41 import open_v41
-from engram_jax.memory.stores import unpack
+from engram_jax.stores.store import unpack
 from experiments.benchmarks import full_size
 
 STATM = pathlib.Path("/proc/self/statm")

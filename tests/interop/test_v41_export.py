@@ -18,7 +18,7 @@ from engram_jax.interop.deepseek_v41 import open_v41
 from engram_jax.interop.v41_export import export_v41, pack_chunks
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat, pack_rows
+from engram_jax.stores.quantization import RowFormat, pack_rows
 
 CONFIG = EngramConfig(
   hidden_size=20,

@@ -10,7 +10,8 @@ import pytest
 from jax.experimental import checkify
 
 from engram_jax.errors import InputError
-from engram_jax.memory.hashing import NO_TOKEN, NgramHash, is_prime
+from engram_jax.memory.compression import NON_TEXT_ID
+from engram_jax.memory.hashing import NgramHash, is_prime
 from engram_jax.types import Break
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "hash.npz")
@@ -226,7 +227,7 @@ def test_non_text_latches_for_all_larger_shifts():
   # find c and nothing beyond, although b lies within reach of the order.
   hashing = make_hash(rows_per_head=(101, 211), layers=(1,))
   a, b, c, d = 11, 12, 13, 14
-  packed = jnp.array([[a, b, NO_TOKEN, c, d]])
+  packed = jnp.array([[a, b, NON_TEXT_ID, c, d]])
   after = hashing.row_ids(packed, 1)[:, 3:]
   np.testing.assert_array_equal(after, hashing.row_ids(jnp.array([[c, d]]), 1))
   # The same said by breaks, whatever id stands there.

@@ -24,7 +24,7 @@ class Tiny:
     return self.setup.abstract_state()
 
   def state(self, seed: int = 0):
-    """A new state. Drawn by NumPy: `init_state` of the setup takes seconds to compile."""
+    """A new state, drawn by NumPy: the setup's own takes seconds to compile."""
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +75,7 @@ def _make_tiny(*, memory: bool = True, model=None, **train) -> Tiny:
       top_k=2,
       expert_size=8,
       num_shared=1,
-      dispatch="dropless",
+      dispatch="dense",
       balance_rate=0.01,
     ),
     "engram": EngramConfig(

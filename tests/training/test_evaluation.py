@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.memory.homes import open_store
-from engram_jax.memory.stores import TableStore
+from engram_jax.stores.open_store import open_store
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
   batch_losses,

@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax.analysis.compiled import memory_report
 from engram_jax.errors import InputError
-from engram_jax.memory.stores import TableStore
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.evaluation import batch_losses
 from engram_jax.training.losses import chunked_cross_entropy, cross_entropy
 from engram_jax.training.state import flatten

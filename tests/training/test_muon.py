@@ -20,7 +20,7 @@ from engram_jax.config import (
 from engram_jax.errors import InputError
 from engram_jax.parameters import param
 from engram_jax.run_config import TrainConfig
-from engram_jax.training.muon import muon, newton_schulz, orthogonalized
+from engram_jax.training.muon import muon, orthogonalized
 from engram_jax.training.optimizers import (
   backbone_optimizer,
   decay_mask,

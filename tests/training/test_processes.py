@@ -62,7 +62,7 @@ class Runs:
       f"--config.data.data_dir={self.folder / 'data'}",
       f"--config.train.steps={STEPS}",
       "--config.train.checkpoint_every=2",
-      "--config.model.moe.dispatch=dropless",
+      "--config.model.moe.dispatch=dense",
       "--config.mesh.data=2",
       "--config.mesh.expert=2",
       f"--workdir={self.folder / workdir}",

@@ -12,9 +12,10 @@ import pytest
 
 from engram_jax.errors import InputError
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.prefetch import Prefetcher, prefetched, row_ids_on_host
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import DeviceStore, HostStore
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.prefetch import Prefetcher, prefetched, row_ids_on_host
+from engram_jax.stores.program_stores import DeviceStore
+from engram_jax.stores.quantization import RowFormat
 from experiments.benchmarks.fixtures import SlowStore
 
 FORMAT = RowFormat("float32", 4)
@@ -189,9 +190,9 @@ def test_an_error_in_the_context_ends_the_threads_too():
 def test_the_interpreter_ends_with_one_left_open():
   program = """
 import numpy as np
-from engram_jax.memory.prefetch import Prefetcher
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import HostStore
+from engram_jax.stores.prefetch import Prefetcher
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.host_stores import HostStore
 store = HostStore({0: np.zeros((9, 16), np.uint8)}, RowFormat("float32", 4))
 prefetcher = Prefetcher(store)
 kept = prefetcher.fetch({0: np.arange(4)})

@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.memory.hot_rows import CachedStore, CacheStatistics, Clock
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.stores import (
-  Buffers,
-  DeviceStore,
-  HostStore,
-  PackedRows,
-  unpack,
-)
+from engram_jax.stores.host_stores import HostStore
+from engram_jax.stores.program_stores import DeviceStore
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_cache import CachedStore, CacheStatistics, Clock
+from engram_jax.stores.store import Buffers, PackedRows, unpack
 
 ROWS = {1: 300, 14: 211}
 FORMAT = RowFormat("bfloat16", 8)
@@ -130,12 +126,12 @@ def test_of_too_many_rows_those_asked_for_most_are_kept():
 
 
 def test_a_step_like_another_compiles_nothing():
-  from engram_jax.memory import hot_rows
+  from engram_jax.stores import row_cache
 
   cache = cached(40)
   for seed in range(12):
     cache.read(row_ids(seed, (1, 2, 6)))
-  programs = hot_rows._rows_of, hot_rows._keep
+  programs = row_cache._rows_of, row_cache._keep
   size = sum(program._cache_size() for program in programs)
   for seed in range(100, 140):
     cache.read(row_ids(seed, (1, 2, 6)))
@@ -144,14 +140,14 @@ def test_a_step_like_another_compiles_nothing():
 
 
 def test_to_keep_a_row_costs_what_a_row_does():
-  from engram_jax.memory import hot_rows
+  from engram_jax.stores import row_cache
 
   def temp(slots):
     few = jnp.zeros((4, 64), jnp.uint8)
     shapes = jnp.zeros((slots, 64), jnp.uint8), few, jnp.zeros(4, jnp.int32)
     compiled = (
-      hot_rows._keep.lower(*shapes).compile(),
-      hot_rows._rows_of.lower(*shapes).compile(),
+      row_cache._keep.lower(*shapes).compile(),
+      row_cache._rows_of.lower(*shapes).compile(),
     )
     reports = [program.memory_analysis() for program in compiled]
     # The slots are both argument and result.
@@ -209,23 +205,23 @@ def test_a_failing_store_leaves_the_cache_as_it_was():
 def test_what_fails_on_the_device_is_not_taken_for_kept(
   monkeypatch, part, error
 ):
-  from engram_jax.memory import hot_rows
+  from engram_jax.stores import row_cache
 
   # A cache that is full, so that others make room.
   cache, before, ids = cached(4), row_ids(1), row_ids(0)
   cache.read(before)
   part, _, done = part.partition(", ")
-  plain = getattr(hot_rows, part)
+  plain = getattr(row_cache, part)
 
   def fails(*arguments):
     if done:
       plain(*arguments)  # the slots are given up
     raise error("RESOURCE_EXHAUSTED")
 
-  monkeypatch.setattr(hot_rows, part, fails)
+  monkeypatch.setattr(row_cache, part, fails)
   with pytest.raises(error, match="RESOURCE_EXHAUSTED"):
     cache.read(ids)
-  monkeypatch.setattr(hot_rows, part, plain)
+  monkeypatch.setattr(row_cache, part, plain)
   for asked in (before, ids, before):
     expected = cached(40).read(asked).packed
     for layer, rows in cache.read(asked).packed.items():

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from engram_jax.errors import InputError, require
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat
+from engram_jax.stores.quantization import RowFormat
 
 PAGE = 4096
 #: Of rows under one checksum, at most.

@@ -37,7 +37,7 @@ from engram_jax.errors import require
 from engram_jax.files import open_to_read, whole_file
 from engram_jax.identity import WeightsIdentity, require_same_weights
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.row_file_headers import Header, read_header
+from engram_jax.stores.row_file_headers import Header, read_header
 
 
 def write_row_file(

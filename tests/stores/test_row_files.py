@@ -17,9 +17,9 @@ import pytest
 from engram_jax.errors import InputError
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.quantization import RowFormat
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
+from engram_jax.stores.quantization import RowFormat
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import RowFile, write_row_file
 
 FP8 = RowFormat("fp8", 256)
 DIGEST = "5a" * 32
@@ -409,7 +409,7 @@ def test_processes_share_one_file(written):
   file = RowFile(path)
   program = (
     "import sys, numpy as np, zlib\n"
-    "from engram_jax.memory.row_files import RowFile\n"
+    "from engram_jax.stores.row_files import RowFile\n"
     "out = np.empty((9, 264), np.uint8)\n"
     "RowFile(sys.argv[1]).read(14, np.arange(9), out)\n"
     "print(zlib.crc32(out))\n"

@@ -29,13 +29,13 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from engram_jax.errors import require
-from engram_jax.memory.stores import (
+from engram_jax.stores.program_stores import TableStore
+from engram_jax.stores.store import (
   Buffers,
   PackedRows,
   ReadStatistics,
   RowIdsByLayer,
   RowStore,
-  TableStore,
   require_layers,
   require_rows_of,
   to_device,

@@ -22,7 +22,7 @@ import numpy as np
 
 from engram_jax.errors import require
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.stores import (
+from engram_jax.stores.store import (
   Buffers,
   OwnBuffers,
   PackedRows,

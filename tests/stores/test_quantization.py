@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.memory.quantization import (
+from engram_jax.stores.quantization import (
   FORMATS,
   RowFormat,
   pack_rows,

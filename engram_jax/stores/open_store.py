@@ -16,17 +16,13 @@ from jaxtyping import UInt8
 from engram_jax.errors import InputError, require
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.hot_rows import CachedStore
 from engram_jax.memory.lookup import Tables, require_tables
-from engram_jax.memory.quantization import RowFormat, pack_rows
-from engram_jax.memory.row_files import RowFile
-from engram_jax.memory.stores import (
-  DeviceStore,
-  FileStore,
-  HostStore,
-  PinnedStore,
-  RowStore,
-)
+from engram_jax.stores.host_stores import FileStore, HostStore
+from engram_jax.stores.program_stores import DeviceStore, PinnedStore
+from engram_jax.stores.quantization import RowFormat, pack_rows
+from engram_jax.stores.row_cache import CachedStore
+from engram_jax.stores.row_files import RowFile
+from engram_jax.stores.store import RowStore
 
 _FILE = "file:"
 _KINDS = {"device": DeviceStore, "pinned": PinnedStore, "host": HostStore}

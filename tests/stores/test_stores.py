@@ -10,27 +10,28 @@ from jax.experimental.layout import Format, Layout
 
 from engram_jax.errors import InputError
 from engram_jax.memory import pinned, stores
-from engram_jax.memory.quantization import (
+from engram_jax.memory.table import lookup
+from engram_jax.stores.host_stores import FileStore, HostStore
+from engram_jax.stores.program_stores import (
+  DeviceStore,
+  PinnedStore,
+  TableStore,
+)
+from engram_jax.stores.quantization import (
   FORMATS,
   RowFormat,
   pack_rows,
   unpack_rows,
 )
-from engram_jax.memory.row_file_headers import Header
-from engram_jax.memory.row_files import RowFile, write_row_file
-from engram_jax.memory.stores import (
+from engram_jax.stores.row_file_headers import Header
+from engram_jax.stores.row_files import RowFile, write_row_file
+from engram_jax.stores.store import (
   Buffers,
-  DeviceStore,
-  FileStore,
-  HostStore,
   PackedRows,
-  PinnedStore,
   ReadStatistics,
-  TableStore,
   to_device,
 )
-from engram_jax.memory.stores import unpack as unpack_eagerly
-from engram_jax.memory.table import lookup
+from engram_jax.stores.store import unpack as unpack_eagerly
 
 ROWS = {1: 300, 14: 211}
 WIDTH = 64
