@@ -296,8 +296,9 @@ def parameter_spec(
   Args:
     axes: names of its last axes, in `LOGICAL_AXES`; those before them, of a
       stack of blocks, are not split.
-    shape: of the array, which may be what an optimizer keeps of the whole.
-    mesh: that the sizes are to be divided by.
+    shape: shape of the array, which may be what an optimizer keeps of the
+      whole.
+    mesh: the mesh whose axes the sizes are to be divided by.
 
   Raises:
     InputError: an unknown name.

@@ -102,7 +102,7 @@ def core_attention(
     key: `[B, S, heads, Q]`.
     value: `[B, S, heads, W]`, in the dtype of `query` and `key`.
     mask: True where a query may see a key.
-    scale: of the scores.
+    scale: factor on the scores.
 
   Returns:
     `[B, L, heads, W]` in the dtype of `value`.

@@ -47,10 +47,10 @@ def dispatch_dense(
     expert_ids: `[T, k]`, different within a token. One that is not in 0..E-1,
       an expert of another device, counts for nothing.
     weights: float32 `[T, k]`.
-    gate: of the experts' SwiGLU, `[E, D, F]`, in the dtype of `x`.
+    gate: gate weights of the experts' SwiGLU, `[E, D, F]`, in the dtype of `x`.
     up: `[E, D, F]`.
     down: `[E, F, D]`.
-    dtype: of the result; None for that of `x`.
+    dtype: dtype of the result; None for that of `x`.
 
   Returns:
     `[T, D]`; the sum over experts is done in float32.
@@ -150,7 +150,7 @@ def from_buckets(
     expert_ids: `[T, k]`.
     slots: `[T, k]`, from `to_buckets`.
     weights: float32 `[T, k]`.
-    dtype: of the sums; None for that of `out`.
+    dtype: dtype of the sums; None for that of `out`.
 
   Returns:
     `[T, D]`, and the float32 number of assignments dropped.
@@ -281,12 +281,12 @@ def apply_routed(
     x: `[B, L, D]`, any float dtype.
     router: `[D, E]`.
     bias: `[E]`, the balancing bias.
-    gate: of the experts' SwiGLU, `[E, D, F]`, any float dtype; or whatever
-      part of it `dispatch` takes.
+    gate: gate weights of the experts' SwiGLU, `[E, D, F]`, any float dtype; or
+      whatever part of it `dispatch` takes.
     up: `[E, D, F]`, likewise.
     down: `[E, F, D]`, likewise.
     top_k: k, experts of a token.
-    capacity_factor: of `bucketed`: capacity over the mean load.
+    capacity_factor: for `bucketed`: capacity over the mean load.
     dtype: what the experts compute in.
     dispatch: takes the arguments of `dispatch_by`.
 

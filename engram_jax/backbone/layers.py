@@ -35,7 +35,7 @@ def normal_param(
   """A float32 parameter drawn from a normal distribution of mean 0.
 
   Args:
-    shape: of the array.
+    shape: shape of the array.
     init_std: standard deviation.
     rngs: the stream `params` is drawn from.
     **metadata: what the parameter is, as `parameters.param` takes it.

@@ -90,7 +90,7 @@ def output_kind(folder: str | os.PathLike[str], names: Collection[str]) -> str:
 
   Args:
     folder: its path.
-    names: of the files and folders in it.
+    names: names of the files and folders in it.
   """
   if "config.json" in names and (
     "checkpoints" in names

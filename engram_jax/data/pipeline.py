@@ -217,7 +217,7 @@ def batches(
     split: `train`, `validation`, or `all`.
     seq_len: L.
     batch_size: windows of one step over all hosts, B * process_count.
-    seed: of the shuffle.
+    seed: seed of the shuffle.
     shuffle: a new random order in every epoch; False is the stream's order.
     epochs: passes over the windows; None goes on for ever.
     drop_remainder: leave the last incomplete batch out. False, for a single

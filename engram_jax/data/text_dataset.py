@@ -169,7 +169,7 @@ def write_index(folder: pathlib.Path, split: str, *, empty: bool) -> str:
   Made from what is stored, not from what was meant to be stored.
 
   Args:
-    folder: of the dataset.
+    folder: folder of the dataset.
     split: one of `sources.SPLITS`.
     empty: whether it has no pieces, and so does not exist for TFDS.
 

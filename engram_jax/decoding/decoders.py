@@ -60,7 +60,7 @@ def lookup_chunk(
   """The rows of a chunk from a store on the device, and the history after.
 
   Args:
-    store: of the memory's rows.
+    store: store of the memory's rows.
     memory: static under jit.
     history: int32 [B, N-1], the last canonical ids.
     token_ids: int32 [B, L], padded on the right.

@@ -143,11 +143,11 @@ def fuse(
     rows: [B, L, K, d], what `lookup` read; any float dtype.
     dilation: positions between the convolution's taps.
     signed_sqrt: see `gating.py`.
-    query_eps: of the hidden state's RMSNorm.
-    key_eps: of the key's RMSNorm.
-    conv_eps: of the RMSNorm before the convolution.
-    dtype: of products and of the update; gate and norms are float32 in any
-      case.
+    query_eps: epsilon of the hidden state's RMSNorm.
+    key_eps: epsilon of the key's RMSNorm.
+    conv_eps: epsilon of the RMSNorm before the convolution.
+    dtype: dtype of products and of the update; gate and norms are float32 in
+      any case.
     state: what the call before returned; None at a sequence's start.
     breaks: [B, L], as given to the hash: the convolution stops at document
       starts, and positions that are not text get gate and update 0.

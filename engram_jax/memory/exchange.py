@@ -167,7 +167,7 @@ def reduce_row_gradients(
   """Gradients with respect to rows of a `lookup`, summed at the rows' owners.
 
   Args:
-    plan: of the `lookup`.
+    plan: the plan that `lookup` returned.
     gradients: per layer [B, L, K, d].
     num_rows: per layer R, rows of the table, padding included.
 

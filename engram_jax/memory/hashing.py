@@ -99,7 +99,7 @@ class NgramHash:
       layers: ids of the Engram layers. Their order matters: no prime is used
         twice in a model, and the first layer takes the smallest.
       pad_id: the *canonical* id of the padding token.
-      seed: of the multipliers.
+      seed: seed of the multipliers.
 
     Raises:
       InputError: a size, layer or id that cannot be hashed.

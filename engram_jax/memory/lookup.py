@@ -38,7 +38,7 @@ class Lookup(NamedTuple):
   Attributes:
     rows: [B, L, K, d] in the table's dtype.
     row_ids: int32 [B, L, K]; int64 where they were hashed on the host.
-    plan: of the exchange between devices; None without a mesh.
+    plan: plan of the exchange between devices; None without a mesh.
   """
 
   rows: dict[int, Rows]

@@ -27,7 +27,7 @@ class HostReads(CountingStore):
   """What stores that read on the host share: each distinct row is read once.
 
   Args:
-    row_format: of the rows.
+    row_format: format of the rows.
     num_rows: R per layer.
   """
 
@@ -71,7 +71,7 @@ class HostStore(HostReads):
 
   Args:
     tables: uint8 [R, n] per layer, C order; not copied.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: Mapping[int, np.ndarray], row_format: RowFormat):

@@ -73,8 +73,8 @@ def read_to_device(
   Args:
     store: any.
     row_ids: as its `read` takes them.
-    buffers: of the calling thread; free again when this returns.
-    device: see `to_device`; of use to stores that read on the host.
+    buffers: the calling thread's buffers; free again when this returns.
+    device: see `to_device`; only stores that read on the host use it.
 
   Returns:
     A row for each id, [..., n], whatever the number of distinct ones: a model

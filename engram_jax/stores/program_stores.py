@@ -41,7 +41,7 @@ class ProgramStore(CountingStore):
 
   Args:
     tables: per layer, where they are to stay.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: Mapping[int, Array], row_format: RowFormat):
@@ -122,7 +122,7 @@ class DeviceStore(ProgramStore):
 
   Args:
     tables: uint8 [R, n] per layer; those of NumPy are sent to the device.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: PackedTables, row_format: RowFormat):
@@ -138,7 +138,7 @@ class PinnedStore(ProgramStore):
 
   Args:
     tables: uint8 [R, n] per layer; copied to `pinned_host` memory.
-    row_format: of the rows.
+    row_format: format of the rows.
     device: whose host memory; None for the first.
 
   Raises:

@@ -49,7 +49,7 @@ class CacheStatistics(NamedTuple):
     asked: row ids, of which a read may ask for one again and again.
     hits: distinct rows of a read that were on the device.
     misses: distinct rows of a read that the store was asked for.
-    bytes_sent: of packed rows, to the device.
+    bytes_sent: bytes of packed rows sent to the device.
   """
 
   asked: int = 0
@@ -239,8 +239,8 @@ class CachedStore:
 
   Args:
     store: where the rows live.
-    capacity_bytes: of packed rows to keep on the device, over all layers, each
-      of which has the same number.
+    capacity_bytes: bytes of packed rows to keep on the device, over all layers,
+      each of which has the same number.
     device: see `to_device`.
 
   Raises:

@@ -100,7 +100,7 @@ class RowStore(Protocol):
   """Packed rows of every Engram layer of a model.
 
   Attributes:
-    row_format: of every row.
+    row_format: format of every row.
     num_rows: R per layer.
     statistics: what was read so far; of reads inside a compiled program
       nothing is counted.
@@ -153,7 +153,7 @@ def to_device(rows: PackedRows, device: Any = None) -> PackedRows:
   """Copies what a store read to the device, and waits until it is there.
 
   Args:
-    rows: of a store that reads on the host.
+    rows: packed rows from a store that reads on the host.
     device: a device or sharding; None for JAX's default.
 
   Returns:

@@ -100,7 +100,7 @@ def _what_is_missing(path: pathlib.Path, *, to_go_on: bool) -> str | None:
   """Why what is named as a step is no whole one; None if it is.
 
   Args:
-    path: of the step.
+    path: folder of the step.
     to_go_on: training wants more of it than inference does.
   """
   if not path.is_dir():

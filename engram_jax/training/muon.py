@@ -89,7 +89,7 @@ def muon(
 
   Args:
     momentum: mu.
-    weight_decay: of the leaves that `decay_mask` names.
+    weight_decay: weight decay of the leaves that `decay_mask` names.
     decay_mask: as `mask` of `optax.adamw`.
     spec_of: asked under a mesh: how a parameter is split.
 
@@ -216,7 +216,7 @@ class Layout(NamedTuple):
       mesh: None on one device.
       spec: how the parameter is split.
       matrix: its axes that are sides of a matrix, in the order of the pieces.
-      count: of a device's pieces.
+      count: number of a device's pieces.
     """
     if mesh is None:
       return cls((), (), 1)

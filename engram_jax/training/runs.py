@@ -118,16 +118,17 @@ class TrainedModel:
   """A checkpoint, ready for inference.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
+    config: config of the run.
+    step: step of the checkpoint.
     model: the transformer with its weights.
     tables: per Engram layer [R, d]; empty without a memory, or if not wanted.
     memory: None without a memory.
     tokenizer: the run's.
     setup: for the functions of `step.py`.
-    identity: of the checkpoint, to be compared with that of a row file.
-    text_digests: of the text that it was trained and rated on, by split; None
-      for one that its checkpoint does not know.
+    identity: identity of the checkpoint, to be compared with that of a row
+      file.
+    text_digests: digests of the text it was trained and evaluated on, by split;
+      None for one that its checkpoint does not know.
   """
 
   config: ExperimentConfig
@@ -223,7 +224,7 @@ def load_run(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    step: step of the checkpoint; None for the newest.
     tables: False to leave them on the disk: the rows come from elsewhere.
 
   Raises:

@@ -109,7 +109,7 @@ def train_step(
     batch: `inputs`, `targets` int32 [B, L], `breaks` int8 [B, L], `loss_mask`
       bool [B, L].
     setup: static.
-    capacity: of the exchange under a mesh; see `LookupCapacity`.
+    capacity: capacity of the exchange under a mesh; see `LookupCapacity`.
 
   Returns:
     The next state, and float32 metrics: `loss` (nats per token), `grad_norm`
