@@ -369,7 +369,12 @@ def _at(tree, index):
 def require_rows_of(
   config: ModelConfig, rows: Mapping[int, Rows] | None
 ) -> None:
-  """Refuses rows of other layers than the model's Engram layers."""
+  """Refuses rows of other layers than the model's Engram layers.
+
+  Args:
+    config: config of the model.
+    rows: [B, L, K, d] per layer; None when the memory is off.
+  """
   memory = config.engram
   expected = set() if memory is None or rows is None else set(memory.layers)
   given = set(rows or ())

@@ -71,6 +71,10 @@ def printable(path: str) -> str:
 def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
   """The absolute path, which may begin with `~`.
 
+  Args:
+    field: name of the field or flag that gave the path.
+    path: the path as it was given.
+
   Raises:
     InputError: no such home, or what no path can hold; `field` is blamed.
   """

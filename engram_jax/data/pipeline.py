@@ -122,7 +122,12 @@ class PackedWindows:
     return window
 
   def read(self, start: int, stop: int) -> Int[np.ndarray, "n"]:
-    """Tokens `start` to `stop` of the stream, int32; reads those pieces."""
+    """Tokens `start` to `stop` of the stream, int32; reads those pieces.
+
+    Args:
+      start: first token.
+      stop: one past the last token.
+    """
     ends = self._piece_ends
     first = int(np.searchsorted(ends, start, side="right"))
     last = int(np.searchsorted(ends, stop, side="left"))

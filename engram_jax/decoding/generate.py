@@ -270,6 +270,10 @@ def generate_all(*args, **kwargs) -> list[list[int]]:
   """As `generate`, all at once: the new tokens of each sequence.
 
   A sequence that ended does so with `end_id`.
+
+  Args:
+    *args: positional arguments of `generate`.
+    **kwargs: keyword arguments of `generate`.
   """
   steps = list(generate(*args, **kwargs))
   columns = np.stack([step.tokens for step in steps], axis=1).tolist()

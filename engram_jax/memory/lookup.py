@@ -159,7 +159,12 @@ def apply_row_gradients(
 
 
 def require_tables(tables: Tables, num_rows: Mapping[int, int]) -> None:
-  """Refuses tables of other layers than `num_rows`', or with fewer rows."""
+  """Refuses tables of other layers than `num_rows`', or with fewer rows.
+
+  Args:
+    tables: [R, d] per layer.
+    num_rows: R per layer that the hash needs.
+  """
   given, expected = sorted(tables), sorted(num_rows)
   require(given == expected, "tables", given, f"tables of layers {expected}")
   for layer, count in num_rows.items():

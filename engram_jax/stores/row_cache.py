@@ -299,6 +299,10 @@ class CachedStore:
     """See `RowStore`; the ids are known, the rows on the device.
 
     Threads take turns: what one has fetched the next one finds.
+
+    Args:
+      row_ids: integers [...] per layer, known on the host.
+      buffers: where rows that are not cached are put; None for fresh memory.
     """
     require_layers(row_ids, self.num_rows)
     row_ids = {layer: np.asarray(ids) for layer, ids in row_ids.items()}

@@ -158,7 +158,12 @@ def tokenizer_of(
 
 
 def record_source(folder: RunFolder, source: SourceCheckpoint) -> None:
-  """Writes into a run's folder where it starts from."""
+  """Writes into a run's folder where it starts from.
+
+  Args:
+    folder: folder of the run.
+    source: the checkpoint that it starts from.
+  """
   found = {
     "workdir": str(source.folder.path),
     "step": source.step,

@@ -312,7 +312,12 @@ def _say(line: str) -> None:
 def evaluation_batches(
   config: ExperimentConfig, data: PreparedData
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The same first batches of the validation split at every evaluation."""
+  """The same first batches of the validation split at every evaluation.
+
+  Args:
+    config: config of the run.
+    data: its prepared text.
+  """
   train = config.train
   return held_out_batches(
     data,

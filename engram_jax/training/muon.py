@@ -246,6 +246,10 @@ def spread(pieces: Array, layout: Layout) -> Array:
   """Pieces [count, ...] to whole matrices [count / devices, ...], its share.
 
   `count` is padded with zeros first.
+
+  Args:
+    pieces: this device's pieces of `count` matrices.
+    layout: how matrices are cut and over which devices.
   """
   missing = -len(pieces) % layout.devices
   x = jnp.pad(pieces, [(0, missing)] + [(0, 0)] * (pieces.ndim - 1))
@@ -259,7 +263,12 @@ def spread(pieces: Array, layout: Layout) -> Array:
 
 
 def collect(matrices: Array, layout: Layout) -> Array:
-  """The inverse of `spread`, the zeros included."""
+  """The inverse of `spread`, the zeros included.
+
+  Args:
+    matrices: this device's share of the whole matrices.
+    layout: the layout that `spread` was given.
+  """
   x = matrices
   for axes, place in reversed(layout.cuts):
     x = lax.all_to_all(x, axes, place, 0, tiled=True)

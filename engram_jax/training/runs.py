@@ -149,6 +149,10 @@ def open_folder(
 
   Process 0 makes it; the others are to enter after it.
 
+  Args:
+    workdir: path of the folder, which need not exist.
+    config: config of the run.
+
   Raises:
     InputError: the folder holds a run of another config, a damaged
       `config.json` or something else, or cannot be written to.
@@ -188,6 +192,10 @@ def make_memory(
 ) -> Memory | None:
   """The memory of a new run over its tokenizer; None for a model without one.
 
+  Args:
+    config: config of the run.
+    tokenizer: the tokenizer that its text is encoded with.
+
   Raises:
     InputError: a pad id that is no token, by its field of the config.
   """
@@ -208,6 +216,11 @@ def save_tokenizer_of_run(
 
   What is there stays once there is a checkpoint: it is the checkpoint's, see
   `companions.py`.
+
+  Args:
+    folder: folder of the run.
+    source: the tokenizer's file.
+    memory: the run's memory, which holds the compression; None without one.
   """
   begun = bool(folder.saved_steps())
   if not (begun and folder.tokenizer.exists()):
