@@ -66,7 +66,7 @@ class Text:
   """A corpus in canonical ids, and its accesses to the tables.
 
   Attributes:
-    name: of the corpus.
+    name: name of the corpus.
     about: its size and digest.
     ngrams: int64 [n, N - 1], from `ngram_ids`.
     rows: per layer int32 [n, K].

@@ -193,8 +193,8 @@ def compile_step(
 
   Args:
     config: the run.
-    mesh: of the devices to compile for.
-    generation: of `HBM_GIB`, or `cpu`.
+    mesh: mesh of the devices to compile for.
+    generation: TPU generation, a key of `HBM_GIB`, or `cpu`.
 
   Returns:
     The figures, ready for JSON. `fits` is the compiler's own word, with

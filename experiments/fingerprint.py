@@ -86,7 +86,7 @@ class Subject:
 
   Args:
     model: sizes of the model.
-    train: of the run.
+    train: training config of the run.
     mesh: how the run is spread over all devices; None for one device.
   """
 

@@ -67,7 +67,7 @@ def pack_memory(
 
   Args:
     trained: with a memory.
-    path: of the file; whole or not at all.
+    path: path of the file; written whole or not at all.
     name: the format's.
 
   Returns:

@@ -63,12 +63,12 @@ def load(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    step: step of the checkpoint; None for the newest.
     home: see `homes.py`. With a file the checkpoint's tables are not read.
     row_format: see `open_store`.
     verify: see `open_store`.
     allow_other_step: see `open_store`.
-    cache_mib: of rows kept on the device before the store.
+    cache_mib: MiB of rows kept on the device before the store.
 
   Returns:
     The model, and the store: where nothing is asked for but the device, its

@@ -41,6 +41,8 @@ class Engram(nn.Module):
   config: EngramConfig
 
   def setup(self):
+    """Declares the parameters, with their logical axes."""
+
     def make(name: str, shape: tuple[int, ...]) -> Array:
       axes = param_metadata(name).axes
       init = nn.with_logical_partitioning(param_init(name), axes)
@@ -59,7 +61,15 @@ class Engram(nn.Module):
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
   ) -> Fusion:
-    """As `__call__`, with the gates."""
+    """As `__call__`, with the gates.
+
+    Args:
+      hidden: [B, L, G, D] or [B, L, D]; any float dtype.
+      rows: [B, L, K, d]; any float dtype.
+      state: what the call before returned; None at a sequence's start.
+      breaks: [B, L], as given to the hash.
+      lengths: int32 [B], number of real positions.
+    """
     return fuse(
       self.arrays,
       hidden,

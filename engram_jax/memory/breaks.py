@@ -67,6 +67,10 @@ def breaks_from_segments(
 def resolve_breaks(breaks: Any, segment_ids: Any) -> Any:
   """`breaks`, checked; or those of `segment_ids`; None without either.
 
+  Args:
+    breaks: [B, L] of `Break`, or bool for document starts only; or None.
+    segment_ids: integers [B, L], the document of each position; or None.
+
   Raises:
     InputError: both are given, or either is not what its name says.
   """
@@ -115,7 +119,12 @@ def check_breaks(breaks: Breaks | np.ndarray) -> None:
 
 
 def require_integers(field: str, array: Any) -> None:
-  """Refuses an array of another dtype than integers or bool."""
+  """Refuses an array of another dtype than integers or bool.
+
+  Args:
+    field: name of the array, for the error line.
+    array: the array to check.
+  """
   kind = np.dtype(array.dtype).kind
   require(kind in "iub", field, f"dtype {array.dtype}", "integers")
 

@@ -231,7 +231,16 @@ class Memory:
     positions: TokenArray | None = None,
     history: HistoryArray | None = None,
   ) -> dict[int, Int[np.ndarray, "B L K"]]:
-    """`row_ids` on the host: the same numbers, int64, tables of any size."""
+    """`row_ids` on the host: the same numbers, int64, tables of any size.
+
+    Args:
+      tokens: integers [B, L], token ids; a negative one is a position without
+        text.
+      breaks: see `row_ids`.
+      segment_ids: see `row_ids`.
+      positions: see `row_ids`.
+      history: see `row_ids`.
+    """
     breaks = _breaks(breaks, segment_ids, positions)
     canonical = self.compression(np.asarray(tokens))
     breaks, history = (

@@ -129,7 +129,7 @@ def compare(
 
   Args:
     model: with a memory of the file's rows.
-    path: of the row file.
+    path: path of the row file.
     text: int32 [B, L].
     caches_mib: see the flags.
     prompt: see the flags.

@@ -114,7 +114,7 @@ class Subject:
 
   Attributes:
     model: as decoding takes it.
-    hashing: of raw token ids.
+    hashing: hash of raw token ids.
     compression: the identity.
     batches: prompts, padded: int32 [B, L] and [B].
     new_tokens: decoded after the last batch.

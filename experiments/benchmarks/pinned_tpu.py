@@ -153,11 +153,11 @@ def compile_step(
   Args:
     config: a model with a memory, and its training.
     device: to compile for.
-    home: of `GATHERS`.
+    home: where the tables lie and how they are gathered, one of `GATHERS`.
     tokens: L.
     batch: B.
     capacity: tokens of one sequence in the cache.
-    row_format: of the packed rows.
+    row_format: format of the packed rows.
 
   Returns:
     `model_bytes`, `tables_bytes` and `state_bytes` as they are; `fits`, the

@@ -80,8 +80,8 @@ def paired(losses: Losses, base: Losses) -> tuple[float, float]:
   """The difference of the means, and its standard error over batches.
 
   Args:
-    losses: of two batches or more.
-    base: of the same batches.
+    losses: losses of two batches or more.
+    base: losses of the same batches to compare with.
   """
   targets, count = base[:, 1], len(base)
   differences = losses[:, 0] - base[:, 0]
@@ -116,8 +116,8 @@ def error_of(
   Args:
     tables: [R, d] per layer, padding included.
     packed: uint8 [R, n] per layer.
-    row_format: of the packed rows.
-    weights: of each row, [R] per layer.
+    row_format: format of the packed rows.
+    weights: weight of each row, [R] per layer.
   """
   error = square = 0.0
   for layer, table in packed.items():

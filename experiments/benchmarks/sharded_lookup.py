@@ -194,7 +194,7 @@ def on_devices(
   Args:
     devices: as many as this process has, 2 at least.
     ids: M of each device.
-    distributions: of the ids, some of `DISTRIBUTIONS`.
+    distributions: distributions of the ids, some of `DISTRIBUTIONS`.
     rows: R, rounded up to a multiple of the devices.
     width: d, float32.
     repeats: timed turns of each form; a turn is one call with many ids, and up
