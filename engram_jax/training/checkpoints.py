@@ -7,7 +7,7 @@ One folder per step, of separate items, each readable without the others:
   optimizer     step, optax's state, the row optimizer's states
   data          position of the Grain iterator, a file per process, all alike
   run_metadata  JSON: config, hash, digests, library versions
-  manifest      JSON: dtype, shape and checksum of every array; what else is here
+  manifest      JSON: dtype, shape and checksum of every array; what is here
 
 Arrays are stored by name (`state.flatten`), so that a checkpoint does not
 depend on how Flax or optax nest their containers.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.stores.setup_stores import TableStore
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
   batch_losses,
