@@ -32,6 +32,7 @@ from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import (
   own_compression,
   own_tokenizer,
+  text_digests,
 )
 from engram_jax.training.json_values import read_object, to_text
 from engram_jax.training.locks import LOCK
@@ -91,6 +92,20 @@ class RunFolder:
     folder = self.checkpoints
     with usable(folder, "a folder that can be read", field="workdir"):
       return steps_in(folder) if folder.is_dir() else []
+
+  def has_begun(self) -> bool:
+    """Whether a run has come as far as its first step."""
+    with usable(self.path, "a folder that can be read", field="workdir"):
+      said = self.metrics.exists() or self.diverged.exists()
+    return said or bool(self.saved_steps())
+
+  def clear_start(self) -> None:
+    """Removes what a start has left that ended before its first step."""
+    paths = self.config, self.tokenizer, self.compression, self.init_from
+    for path in paths:
+      path.unlink(missing_ok=True)
+    if self.checkpoints.is_dir():
+      self.checkpoints.rmdir()
 
   def require_usable(self) -> None:
     """Refuses what is neither a new folder, nor an empty one, nor a run's.
@@ -269,8 +284,5 @@ def load_run(
     tokenizer=tokenizer,
     setup=setup,
     identity=weights_identity(step, stored, manifest),
-    text_digests={
-      "train": stored["data_digest"],
-      "validation": stored.get("held_out_digest"),
-    },
+    text_digests=text_digests(stored),
   )
