@@ -64,18 +64,26 @@ def breaks_from_segments(
   return breaks.astype(xp.int8)
 
 
-def resolve_breaks(breaks: Any, segment_ids: Any) -> Any:
+def resolve_breaks(breaks: Any, segment_ids: Any, positions: Any = None) -> Any:
   """`breaks`, checked; or those of `segment_ids`; None without either.
 
+  Args:
+    breaks: see `require_breaks`; or None.
+    segment_ids: see `breaks_from_segments`; or None.
+    positions: see `breaks_from_segments`; None without segment_ids.
+
   Raises:
-    InputError: both are given, or either is not what its name says.
+    InputError: breaks and segment ids are both given, positions alone, or one
+      of them is not what its name says.
   """
   if segment_ids is None:
+    alone = positions is not None
+    require(not alone, "positions", "without segment_ids", "both")
     if breaks is not None:
       require_breaks(breaks)
     return breaks
   require(breaks is None, "segment_ids", "given with breaks", "one of the two")
-  return breaks_from_segments(segment_ids)
+  return breaks_from_segments(segment_ids, positions)
 
 
 def require_breaks(breaks: Breaks | np.ndarray) -> None:

@@ -25,8 +25,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +38,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.files import whole_file
-from engram_jax.memory.breaks import breaks_from_segments
+from engram_jax.memory.breaks import resolve_breaks
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.lookup import (
@@ -51,6 +49,7 @@ from engram_jax.memory.lookup import (
   reduce_row_gradients,
   require_tables,
 )
+from engram_jax.memory.npz_files import read_npz
 from engram_jax.memory.row_sparse import RowOptimizer
 from engram_jax.memory.table import init_table
 from engram_jax.stores.open_store import open_store
@@ -65,7 +64,7 @@ BreakArray = TokenArray | Bool[Array | np.ndarray, "B L"]
 HistoryArray = Int[Array | np.ndarray, "B history"]
 
 _FORMAT = "engram_jax.Memory/1"
-_FIELDS = ("format", "config", "hash", "canonical_ids", "digest")
+_FIELDS = ("config", "hash", "canonical_ids", "digest")
 
 
 @jax.tree_util.register_static
@@ -215,7 +214,7 @@ class Memory:
       InputError: a token id of V or more (outside jit), both breaks and
         segment_ids, or a wrong shape.
     """
-    breaks = _breaks(breaks, segment_ids, positions)
+    breaks = resolve_breaks(breaks, segment_ids, positions)
     breaks, history = (
       None if x is None else jnp.asarray(x) for x in (breaks, history)
     )
@@ -232,7 +231,7 @@ class Memory:
     history: HistoryArray | None = None,
   ) -> dict[int, Int[np.ndarray, "B L K"]]:
     """`row_ids` on the host: the same numbers, int64, tables of any size."""
-    breaks = _breaks(breaks, segment_ids, positions)
+    breaks = resolve_breaks(breaks, segment_ids, positions)
     canonical = self.compression(np.asarray(tokens))
     breaks, history = (
       None if x is None else np.asarray(x) for x in (breaks, history)
@@ -465,7 +464,7 @@ class Memory:
         format, or that holds another memory than the one asked for.
     """
     path = pathlib.Path(path).expanduser()
-    stored = _read(path)
+    stored = read_npz(path, _FIELDS, format=_FORMAT, writer="Memory.save")
     memory = cls(
       from_dict(EngramConfig, json.loads(str(stored["config"]))),
       TokenCompression.from_canonical_ids(stored["canonical_ids"]),
@@ -492,16 +491,6 @@ class Memory:
     )
 
 
-def _breaks(breaks, segment_ids, positions):
-  """The one of breaks and segment_ids that was given, as breaks."""
-  if segment_ids is None:
-    require(positions is None, "positions", "without segment_ids", "both")
-    return breaks
-  both = breaks is not None
-  require(not both, "breaks", "given beside segment_ids", "one of the two")
-  return breaks_from_segments(segment_ids, positions)
-
-
 def _open_tokenizer(path: pathlib.Path) -> Any:
   """The tokenizer of a `tokenizer.json`."""
   # Of use to those alone who name one by its path.
@@ -514,20 +503,3 @@ def _open_tokenizer(path: pathlib.Path) -> Any:
   except Exception as error:  # the library raises plain Exceptions
     valid = f"a tokenizer.json of Hugging Face's tokenizers ({error})"
     raise InputError("tokenizer", path, valid) from None
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a saved memory; refuses every file that is not one."""
-  require(path.is_file(), "path", path, "a file written by Memory.save")
-  # What NumPy and zipfile raise for a truncated, foreign or altered file.
-  broken = (ValueError, OSError, EOFError, KeyError, TypeError)
-  broken += (NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      stored = {name: file[name] for name in _FIELDS}
-  except broken:
-    valid = "a whole file written by Memory.save"
-    raise InputError("path", path, valid) from None
-  found = str(stored["format"])
-  require(found == _FORMAT, f"format of {path}", found, _FORMAT)
-  return stored
