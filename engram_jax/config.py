@@ -9,7 +9,12 @@ import dataclasses
 import math
 from typing import Any
 
-from engram_jax.errors import require, require_integer, require_seed
+from engram_jax.errors import (
+  require,
+  require_float32,
+  require_integer,
+  require_seed,
+)
 
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dense", "bucketed", "dropless")
@@ -29,18 +34,22 @@ def require_positive(config: Any, *names: str) -> None:
     require(0 < value < math.inf, name, value, valid)
 
 
-def require_integers(config: Any) -> None:
-  """Refuses fields that are annotated as integers and are none.
+def require_numbers(config: Any) -> None:
+  """Refuses numbers that the arrays and programs made of them cannot hold.
 
-  What float, or what integer beyond int32, would be rounded or cut off by the
-  arrays and programs that are made of it. Seeds have a range of their own.
+  A float where an integer is annotated, and an integer beyond int32, would be
+  rounded or cut off; a float beyond float32 would become infinite, and one too
+  small for it 0. Seeds have a range of their own.
   """
   for field in dataclasses.fields(config):
     hint, value = str(field.type), getattr(config, field.name)
     hint = field.type.__name__ if isinstance(field.type, type) else hint
-    if hint.startswith("tuple[int") and isinstance(value, (tuple, list)):
+    if hint.startswith("tuple[") and isinstance(value, (tuple, list)):
+      require_item = require_integer if "[int" in hint else require_float32
       for i, item in enumerate(value):
-        require_integer(f"{field.name}[{i}]", item)
+        require_item(f"{field.name}[{i}]", item)
+    elif hint == "float":
+      require_float32(field.name, value)
     elif field.name == "seed":
       require_seed(field.name, value)
     elif hint == "int" or (hint == "int | None" and value is not None):
@@ -108,7 +117,7 @@ class EngramConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(self, "hidden_size", "heads", "head_dim", "streams")
     require_positive(self, "conv_kernel_size")
     require_positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
@@ -183,7 +192,7 @@ class YarnConfig:
   temperature: float = 0.707
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(self, *(f.name for f in dataclasses.fields(self)))
     require(self.scale >= 1, "scale", self.scale, "a number >= 1")
     ok = self.slow_turns < self.fast_turns
@@ -218,7 +227,7 @@ class AttentionConfig:
   block_size: int = 0
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(self, "num_heads", "nope_dim", "rope_dim", "value_dim")
     require_positive(self, "kv_rank", "rope_theta")
     require(self.block_size >= 0, "block_size", self.block_size, ">= 0")
@@ -254,7 +263,7 @@ class MoEConfig:
   balance_loss: float = 1e-4
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(
       self, "num_experts", "top_k", "expert_size", "capacity_factor"
     )
@@ -315,7 +324,7 @@ class ModelConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(
       self, "vocab_size", "hidden_size", "num_layers", "dense_size"
     )

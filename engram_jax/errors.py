@@ -7,6 +7,7 @@ print the message alone; every other exception is a defect and keeps its
 traceback.
 """
 
+import numbers
 import operator
 from typing import Any
 
@@ -90,6 +91,24 @@ def require_integer(
   ok = ok and (low is None or number >= low)
   require(ok and (high is None or number < high), field, value, valid)
   return number
+
+
+def require_float32(field: str, value: Any) -> None:
+  """Refuses a number that float32 makes infinite, or 0 although it is not.
+
+  Args:
+    field: the name to blame.
+    value: a Python or NumPy number. What is not finite is refused too.
+
+  Raises:
+    InputError: not a number, or one outside float32's range.
+  """
+  info = np.finfo(np.float32)
+  least, most = float(info.tiny), float(info.max)
+  valid = f"0, or a number of float32: {least:.2g} to {most:.2g} in size"
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  ok = is_number and (value == 0 or least <= abs(value) <= most)
+  require(ok, field, value if is_number else repr(value), valid)
 
 
 def require_seed(field: str, value: Any) -> int:

@@ -7,9 +7,11 @@ every checkpoint. The configs of the experiments are in `experiments/configs/`.
 import dataclasses
 import math
 
+import numpy as np
+
 from engram_jax.config import (
   ModelConfig,
-  require_integers,
+  require_numbers,
   require_one_of,
   require_positive,
 )
@@ -51,7 +53,7 @@ class DataConfig:
   validation_percent: int = 5
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require(
       0 < self.validation_percent < 100,
       "validation_percent",
@@ -142,7 +144,7 @@ class TrainConfig:
   seed: int = 0
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(self, "steps", "batch_size", "seq_len", "accumulation")
     require_positive(self, "learning_rate", "clip_norm", "checkpoint_every")
     require_positive(self, "keep_last", "log_every", "eval_batches", "adam_eps")
@@ -166,7 +168,9 @@ class TrainConfig:
       require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     for name in ("adam_b1", "adam_b2", "muon_momentum"):
       value = getattr(self, name)
-      require(0 <= value < 1, name, value, "0 <= b < 1")
+      # Nearer to 1 float32 has no other number than 1.
+      ok = 0 <= value < 1 and np.float32(value) < 1
+      require(ok, name, value, "0 <= b < 1, and at most 1 - 2**-24")
     increasing = list(self.decay_points) == sorted(set(self.decay_points))
     require(
       increasing and all(0 < point < 1 for point in self.decay_points),
@@ -212,7 +216,7 @@ class MeshConfig:
   lookup_capacity: float = 1.0
 
   def __post_init__(self):
-    require_integers(self)
+    require_numbers(self)
     require_positive(self, "expert", "tensor", "lookup_capacity")
     require(self.data >= 0, "data", self.data, ">= 0; 0 for what is left")
     valid = ">= 0; 0 for what is left, if data is not"

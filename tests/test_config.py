@@ -414,5 +414,32 @@ def test_numbers_that_would_be_rounded_or_cut_off_are_refused(
     make(**{name: value})
 
 
+@pytest.mark.parametrize(
+  "cls, name, value",
+  [
+    (EngramConfig, "table_init_std", 1e39),
+    (EngramConfig, "key_norm_eps", 1e-46),
+    (YarnConfig, "scale", 1e300),
+    (MoEConfig, "balance_loss", 1e39),
+    (ModelConfig, "init_std", 1e-60),
+    (ModelConfig, "norm_eps", "1e-6"),
+    (TrainConfig, "learning_rate", 1e39),
+    (TrainConfig, "adam_eps", 1e-50),
+    (TrainConfig, "decay_factors", (0.3, 1e-50)),
+    (MeshConfig, "lookup_capacity", float("inf")),
+  ],
+)
+@pytest.mark.usefixtures("types_unchecked")
+def test_numbers_that_leave_float32_are_refused(cls, name, value):
+  with pytest.raises(InputError, match=rf"^{name}[^ ]*: .*number of float32"):
+    cls(**VALID[cls] | {name: value})
+
+
+@pytest.mark.parametrize("name", ["adam_b1", "adam_b2", "muon_momentum"])
+def test_a_decay_that_becomes_1_in_float32_is_refused(name):
+  with pytest.raises(InputError, match=f"^{name}: .*; valid: .* 1 - 2"):
+    TrainConfig(**TRAIN | {name: 1 - 1e-9})
+
+
 STEPS = {"steps": 1, "batch_size": 1, "seq_len": 1}
 MEMORY = {"hidden_size": 4, "layers": (0,), "rows_per_head": (10,)}

@@ -43,8 +43,7 @@ def gate_map(
 
   Raises:
     InputError: a model without memory, no tokens, ids outside the vocabulary,
-      or
-      a store of another memory.
+      or a store of another memory.
     NonFiniteError: a gate is not finite; the message has layer, position and
       stream.
   """

@@ -48,6 +48,7 @@ from engram_jax.backbone.moe import MoE, MoEMetrics
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, Fusion
+from engram_jax.memory.breaks import require_breaks
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows, TokenIds
 
 
@@ -106,7 +107,11 @@ def document_layout(
 
   Returns:
     int32 [B, L] positions from 0, and int32 [B, L] segments.
+
+  Raises:
+    InputError: a value that is no `Break` (outside jit).
   """
+  require_breaks(breaks)
   starts = breaks == Break.DOCUMENT_START
   index = jnp.arange(breaks.shape[1])
   first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -283,13 +288,17 @@ class Transformer(nnx.Module):
         and `output_matrix` itself.
 
     Raises:
-      InputError: rows of other layers than the model's, or a wrong shape.
+      InputError: rows of other layers than the model's, a wrong shape, or
+        (outside jit) breaks that are none.
     """
     require_rows_of(self.config, rows)
     if breaks is None:
       counted = jnp.arange(token_ids.shape[1])
       layout = jnp.broadcast_to(counted, token_ids.shape), None
     else:
+      shape = token_ids.shape
+      valid = f"{shape}, as the tokens"
+      require(breaks.shape == shape, "breaks.shape", breaks.shape, valid)
       layout = document_layout(breaks)
     context = Context(*layout, dispatch)
 

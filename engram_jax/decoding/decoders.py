@@ -33,7 +33,7 @@ from engram_jax.decoding.state import (
   require_memory,
 )
 from engram_jax.decoding.weights import DecodingModel, for_decoding
-from engram_jax.errors import require
+from engram_jax.errors import require, require_in_range
 from engram_jax.memory.hashing import NON_TEXT_ID
 from engram_jax.memory.memory import Memory
 from engram_jax.stores.prefetch import (
@@ -161,9 +161,10 @@ class Decoder:
 
     Raises:
       InputError: another batch than the state's, a state of another use of the
-        memory, a length outside 1..L, or more tokens than the capacity.
+        memory, an id outside the vocabulary, a length outside 1..L, or more
+        tokens than the capacity.
     """
-    token_ids, lengths = _as_chunk(state, token_ids, lengths)
+    token_ids, lengths = self._as_chunk(state, token_ids, lengths)
     check_history(self.memory, state)
     lookup = self._start_lookup(state.history, token_ids, lengths)
     streams, cache = _lower_blocks(
@@ -179,8 +180,31 @@ class Decoder:
 
     return end
 
+  def _as_chunk(
+    self, state: DecodeState, token_ids: Any, lengths: Any
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, L] and [B] on the host, checked; 0 for the padding.
+
+    In memory of its own: the caller may write to its arrays again.
+    """
+    # As they come: a smaller dtype would make other ids of some.
+    token_ids = np.asarray(token_ids)
+    if lengths is None:
+      token_ids = token_ids[:, None]
+      lengths = np.ones(len(token_ids), np.int32)
+    lengths = np.asarray(lengths)
+    check_chunk(state, token_ids, lengths)
+    found, valid = f"dtype {token_ids.dtype}", "integers"
+    require(token_ids.dtype.kind in "iu", "token_ids", found, valid)
+    is_real = np.arange(token_ids.shape[1]) < lengths[:, None]
+    # The model may have more ids than its tokenizer has tokens.
+    known = self.model.config if self.memory is None else self.memory
+    real = token_ids[is_real]
+    require_in_range("token_ids", real, low=0, high=known.vocab_size)
+    return np.where(is_real, token_ids, 0).astype(np.int32), lengths
+
   def _start_lookup(
-    self, history: Any, token_ids: Any, lengths: np.ndarray
+    self, history: Any, token_ids: np.ndarray, lengths: np.ndarray
   ) -> Callable[[], tuple[dict[int, Rows] | None, Any]]:
     """What gives the rows of the chunk, and the history after it."""
     if self.memory is None:
@@ -194,11 +218,10 @@ class Decoder:
         jnp.asarray(lengths),
       )
       return lambda: found
-    history, tokens = np.asarray(history), np.asarray(token_ids)
-    is_real = np.arange(tokens.shape[1]) < lengths[:, None]
-    # Padding is no text, and any id: its rows, which nobody uses, are always
-    # the same.
-    canonical = self.memory.compression(np.where(is_real, tokens, 0))
+    history = np.asarray(history)
+    is_real = np.arange(token_ids.shape[1]) < lengths[:, None]
+    # Padding is no text: its rows, which nobody uses, are always the same.
+    canonical = self.memory.compression(token_ids)
     canonical = np.where(is_real, canonical, NON_TEXT_ID)
     packed = self._start_reading(canonical, history)
     after = last_ids(canonical, history, lengths)
@@ -222,21 +245,6 @@ class Decoder:
     except Exception as error:  # raised where a thread's would be
       rows.set_exception(error)
     return rows.result
-
-
-def _as_chunk(
-  state: DecodeState, token_ids: Any, lengths: Any
-) -> tuple[Any, np.ndarray]:
-  """[B, L] and on the host [B], also of one token each, [B]; checked."""
-  if isinstance(token_ids, np.ndarray):
-    # A step may be under way when the caller writes to it again.
-    token_ids = token_ids.copy()
-  if lengths is None:
-    token_ids = token_ids[:, None]
-    lengths = np.ones(len(token_ids), np.int32)
-  lengths = np.asarray(lengths)
-  check_chunk(state, token_ids, lengths)
-  return token_ids, lengths
 
 
 def last_ids(

@@ -134,6 +134,10 @@ def generate(
   allowed = allowed_tokens(
     config.vocab_size, vocab_size=vocab_size, pad_id=pad_id
   )
+  # Its compression has no canonical ids for others.
+  known = config.vocab_size if memory is None else memory.vocab_size
+  valid = f"at most the memory's, {known}"
+  require(vocab_size <= known, "vocab_size", vocab_size, valid)
   check_sampling(temperature, top_k, top_p, size=config.vocab_size)
   require_integer("max_new_tokens", max_new_tokens, low=1)
   if end_id is not None:

@@ -197,12 +197,12 @@ def open_v41(
   fields = read_fields(path)
   if released:
     require_released(fields, path)
-  found, digest = read_about(path)
+  source, digest = read_about(path)
   if made_from is not None:
     valid = "a checkpoint: the folder does not say which it is from"
-    require(found is not None, f"made_from of {path}", found, valid)
+    require(source is not None, f"made_from of {path}", source, valid)
     require_same_weights(
-      found, made_from, path, allow_other_step=allow_other_step
+      source, made_from, path, allow_other_step=allow_other_step
     )
   if compression is not None:
     require_compression(compression, fields, released=released)
@@ -211,7 +211,7 @@ def open_v41(
     require(same, "compression.digest", compression.digest, valid)
   files = _find(Shards(folder), fields)
   for file in dict.fromkeys(files.values()):
-    _require_part(file, found, path)
+    _require_part(file, source, path)
   # After the files, whose sizes bound the search for primes.
   pad = compressed_pad(fields, compression, released=released)
   try:
@@ -233,7 +233,7 @@ def open_v41(
       pair.append(files[name].view(name).reshape(-1, width))
     tables[layer] = tuple(pair)
   store = SafetensorsStore(tables, RowFormat("fp8", d))
-  return V41Checkpoint(folder, fields.config(), hashing, store, found, files)
+  return V41Checkpoint(folder, fields.config(), hashing, store, source, files)
 
 
 def compress_tokens(tokenizer) -> TokenCompression:

@@ -64,21 +64,21 @@ def breaks_from_segments(
   return breaks.astype(xp.int8)
 
 
-def resolve_breaks(
-  breaks: Any, segment_ids: Any, positions: Any = None
-) -> Any:
+def resolve_breaks(breaks: Any, segment_ids: Any, positions: Any = None) -> Any:
   """`breaks`, checked; or those of `segment_ids`; None without either.
 
   Args:
-    breaks: [B, L] of `Break`, or bool for document starts only; or None.
-    segment_ids: integers [B, L], the document of each position; or None.
+    breaks: see `require_breaks`; or None.
+    segment_ids: see `breaks_from_segments`; or None.
+    positions: see `breaks_from_segments`; None without segment_ids.
 
   Raises:
-    InputError: both are given, or either is not what its name says.
+    InputError: breaks and segment ids are both given, positions alone, or one
+      of them is not what its name says.
   """
   if segment_ids is None:
-    found = "without segment_ids"
-    require(positions is None, "positions", found, "both, or neither")
+    alone = positions is not None
+    require(not alone, "positions", "without segment_ids", "both")
     if breaks is not None:
       require_breaks(breaks)
     return breaks

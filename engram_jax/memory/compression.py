@@ -17,8 +17,6 @@ Axes: V, token ids; V' (`size`), canonical ids.
 import dataclasses
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from engram_jax.errors import (
   require_integer,
 )
 from engram_jax.files import whole_file
+from engram_jax.memory.npz_files import read_npz
 
 #: Canonical id of a position without text, also in a history.
 NON_TEXT_ID = -1
@@ -252,7 +251,8 @@ class TokenCompression:
       InputError: the file is missing, truncated, altered or of another format,
         or it holds another map than the one asked for.
     """
-    stored = _read(Path(path))
+    names = ("canonical_ids", "size", "digest")
+    stored = read_npz(Path(path), names, format=_FORMAT, writer="save")
     found = cls(stored["canonical_ids"])
     for name in ("digest", "size"):
       value, actual = str(stored[name]), str(getattr(found, name))
@@ -302,24 +302,3 @@ def _checked_map(ids: np.ndarray) -> Int32[np.ndarray, " V"]:
       f"0 <= id <= {limit[first]}: ids in first-seen order",
     )
   return ids.astype(np.int32)
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-  """The arrays of a saved map; refuses every file that is not one."""
-  require(path.is_file(), "path", path, "a file written by save")
-  # What NumPy and zipfile raise for a truncated, foreign or altered file.
-  broken = (ValueError, OSError, EOFError, KeyError, TypeError)
-  broken += (NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      names = ("format", "canonical_ids", "size", "digest")
-      stored = {name: file[name] for name in names}
-  except broken:
-    raise InputError("path", path, "a whole file written by save") from None
-  require(
-    str(stored["format"]) == _FORMAT,
-    f"format of {path}",
-    stored["format"],
-    _FORMAT,
-  )
-  return stored

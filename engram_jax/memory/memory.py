@@ -25,8 +25,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +49,7 @@ from engram_jax.memory.lookup import (
   reduce_row_gradients,
   require_tables,
 )
+from engram_jax.memory.npz_files import read_npz
 from engram_jax.memory.row_sparse import RowOptimizer
 from engram_jax.memory.table import init_table
 from engram_jax.stores.open_store import open_store
@@ -65,7 +64,7 @@ BreakArray = TokenArray | Bool[Array | np.ndarray, "B L"]
 HistoryArray = Int[Array | np.ndarray, "B history"]
 
 _FORMAT = "engram_jax.Memory/1"
-_FIELDS = ("format", "config", "hash", "canonical_ids", "digest")
+_FIELDS = ("config", "hash", "canonical_ids", "digest")
 
 
 @jax.tree_util.register_static
@@ -474,7 +473,7 @@ class Memory:
         format, or that holds another memory than the one asked for.
     """
     path = pathlib.Path(path).expanduser()
-    stored = _read(path)
+    stored = read_npz(path, _FIELDS, format=_FORMAT, writer="Memory.save")
     memory = cls(
       from_dict(EngramConfig, json.loads(str(stored["config"]))),
       TokenCompression.from_canonical_ids(stored["canonical_ids"]),
@@ -513,20 +512,3 @@ def _open_tokenizer(path: pathlib.Path) -> Any:
   except Exception as error:  # the library raises plain Exceptions
     valid = f"a tokenizer.json of Hugging Face's tokenizers ({error})"
     raise InputError("tokenizer", path, valid) from None
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a saved memory; refuses every file that is not one."""
-  require(path.is_file(), "path", path, "a file written by Memory.save")
-  # What NumPy and zipfile raise for a truncated, foreign or altered file.
-  broken = (ValueError, OSError, EOFError, KeyError, TypeError)
-  broken += (NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      stored = {name: file[name] for name in _FIELDS}
-  except broken:
-    valid = "a whole file written by Memory.save"
-    raise InputError("path", path, valid) from None
-  found = str(stored["format"])
-  require(found == _FORMAT, f"format of {path}", found, _FORMAT)
-  return stored

@@ -5,15 +5,13 @@ gather serves all columns. The table is no parameter of the model: a training
 step looks its rows up first and differentiates with respect to *them*.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from engram_jax import sharding
-from engram_jax.errors import require, require_in_range
+from engram_jax.errors import require, require_float32, require_in_range
 
 
 def init_table(
@@ -48,11 +46,12 @@ def init_table(
     not depend on `shards`.
 
   Raises:
-    InputError: a size below 1 or a negative std.
+    InputError: a size below 1, or a std that is negative or leaves float32.
   """
   require(num_rows >= 1, "num_rows", num_rows, "an integer >= 1")
   require(width >= 1, "width", width, "an integer >= 1")
-  require(std >= 0 and math.isfinite(std), "std", std, "a number >= 0")
+  require_float32("std", std)
+  require(std >= 0, "std", std, "a number >= 0")
   require(shards >= 1, "shards", shards, "an integer >= 1")
   shape = (sharding.padded_rows(num_rows, shards), width)
   if std == 0:

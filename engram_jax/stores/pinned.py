@@ -19,9 +19,6 @@ from jaxtyping import Array, Int, UInt8
 _compute_on = getattr(compute_on_module, "compute_on2", None)
 _compute_on = _compute_on or compute_on_module.compute_on
 
-#: Rows that are put into pinned memory at a time, where they cross the device.
-_CHUNK = 2**16
-
 
 def pinned_format(device: jax.Device) -> Format:
   """Where and how a table lies in a device's pinned host memory.
@@ -63,13 +60,17 @@ def gather_on_host(
 
 
 def pin(
-  table: UInt8[Array | np.ndarray, "_R n"], home: Format
+  table: UInt8[Array | np.ndarray, "_R n"],
+  home: Format,
+  *,
+  rows_at_a_time: int = 2**16,
 ) -> UInt8[Array, "_R n"]:
   """The table in its home.
 
   Args:
     table: packed rows.
     home: from `pinned_format`.
+    rows_at_a_time: rows that cross the device at a time, where they have to.
   """
   if home.layout is None:
     return jax.device_put(table, home.sharding)
@@ -91,6 +92,7 @@ def pin(
     return on_host(update)(pinned, *jax.device_put((rows, start), host))
 
   pinned = empty()
-  for start in range(0, len(table), _CHUNK):
-    pinned = put(pinned, table[start : start + _CHUNK], np.int32(start))
+  for start in range(0, len(table), rows_at_a_time):
+    rows = table[start : start + rows_at_a_time]
+    pinned = put(pinned, rows, np.int32(start))
   return pinned

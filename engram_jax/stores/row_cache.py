@@ -97,7 +97,7 @@ class Clock:
 
 
 @jax.jit
-def _rows_of(
+def read_slots(
   slots: UInt8[Array, "C n"],
   sent: UInt8[Array, "M n"],
   source: Int[Array, "*S"],
@@ -118,7 +118,7 @@ def _rows_of(
 
 # A program of its own: one that also gathers from the slots copies them whole.
 @functools.partial(jax.jit, donate_argnums=0)
-def _keep(
+def write_slots(
   slots: UInt8[Array, "C n"],
   sent: UInt8[Array, "M n"],
   places: Int[Array, "M"],
@@ -199,7 +199,7 @@ class _Layer:
     taken = self._clock.take(len(order))
     places[which[order]] = taken
     source = slots[wanted.inverse].astype(np.int32)
-    found = _rows_of(self.slots, sent, source)
+    found = read_slots(self.slots, sent, source)
     if missing.any():
       self._replace(wanted.ids[missing][order], taken, sent, places)
     sums = (
@@ -220,7 +220,7 @@ class _Layer:
     self._place[before[before >= 0]] = 0
     self._owner[slots] = -1
     try:
-      self.slots = _keep(self.slots, sent, places)
+      self.slots = write_slots(self.slots, sent, places)
     except BaseException:
       # The slots were given up to it, or are in an unknown state.
       self._place[self._owner[self._owner >= 0]] = 0

@@ -31,12 +31,11 @@ from engram_jax.config import (
   MoEConfig,
 )
 from engram_jax.errors import InputError
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.lookup import retrieve
+from engram_jax.memory.memory import Memory
 from engram_jax.types import Break
 
 BATCH, LENGTH, VOCAB, WIDTH = 2, 10, 20, 32
-MEMORY = EngramConfig(
+ENGRAM = EngramConfig(
   hidden_size=WIDTH,
   layers=(2, 0),
   rows_per_head=(60, 70),
@@ -55,11 +54,9 @@ CONFIG = ModelConfig(
   ),
   dense_size=16,
   moe=MoEConfig(num_experts=4, top_k=2, expert_size=8, num_shared=1),
-  engram=MEMORY,
+  engram=ENGRAM,
 )
-HASHING = NgramHash.create(
-  vocab_size=VOCAB, rows_per_head=(60, 70), heads=2, layers=(2, 0), pad_id=0
-)
+MEMORY = Memory.create(ENGRAM, vocab_size=VOCAB)
 
 
 def shapes_of(config):
@@ -87,7 +84,7 @@ def tables():
   rng = np.random.default_rng(1)
   return {
     layer: jnp.asarray(rng.normal(size=(rows, 4)), jnp.float32)
-    for layer, rows in HASHING.num_rows.items()
+    for layer, rows in MEMORY.num_rows.items()
   }
 
 
@@ -99,7 +96,7 @@ def forward(model, token_ids, rows, breaks=None):
 
 @jax.jit
 def read(tables, token_ids, breaks=None):
-  return retrieve(tables, HASHING, token_ids, breaks=breaks).rows
+  return MEMORY.lookup(tables, token_ids, breaks=breaks).rows
 
 
 def tokens(seed=0):
@@ -187,11 +184,33 @@ def test_document_layout():
   assert segments.tolist() == [[0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 1, 2]]
 
 
+@pytest.mark.parametrize("memory", [True, False])
+def test_breaks_that_are_none_are_refused_outside_jit(tables, memory):
+  ids, model = tokens(), make()
+  rows = read(tables, ids) if memory else None
+  segments = jnp.cumsum(jnp.ones_like(ids), axis=1)
+  with pytest.raises(InputError, match=r"^breaks: .*segment_ids="):
+    model(ids, rows, breaks=segments)
+  with pytest.raises(InputError, match=r"^breaks: 3; valid: 0, 1, 2 of "):
+    model(ids, rows, breaks=jnp.zeros_like(ids).at[1, 2].set(3))
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_breaks_of_another_shape_or_kind_are_refused():
+  ids = tokens()
+  with pytest.raises(
+    InputError, match=r"^breaks.shape: \(2, 9\); valid: \(2, 1"
+  ):
+    make()(ids, None, breaks=jnp.zeros((BATCH, LENGTH - 1), jnp.int8))
+  with pytest.raises(InputError, match=r"^breaks: dtype float32; valid: "):
+    make()(ids, None, breaks=jnp.zeros((BATCH, LENGTH)))
+
+
 DEEP = dataclasses.replace(
   CONFIG,
   num_layers=5,
   streams=2,
-  engram=dataclasses.replace(MEMORY, layers=(2, 4), streams=2),
+  engram=dataclasses.replace(ENGRAM, layers=(2, 4), streams=2),
 )
 
 
@@ -374,7 +393,7 @@ def test_rows_get_gradients_only_from_later_losses(tables):
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters(tables, output):
-  engram = dataclasses.replace(MEMORY, dtype="bfloat16")
+  engram = dataclasses.replace(ENGRAM, dtype="bfloat16")
   config = dataclasses.replace(CONFIG, dtype="bfloat16", engram=engram)
   model = make(config)
   _, shapes = shapes_of(config)
@@ -391,7 +410,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters(tables, output):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("memory", [MEMORY, None], ids=["memory", "plain"])
+@pytest.mark.parametrize("memory", [ENGRAM, None], ids=["memory", "plain"])
 def test_number_of_parameters(tied, memory):
   config = dataclasses.replace(CONFIG, tie_embeddings=tied, engram=memory)
   _, shapes = shapes_of(config)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax.decoding.forward import init_cache
 from engram_jax.decoding.generate import (
   NO_TOKEN,
   generate,
@@ -12,7 +13,9 @@ from engram_jax.decoding.generate import (
   pad_prompts,
 )
 from engram_jax.decoding.room import decoding_bytes
+from engram_jax.decoding.weights import for_decoding
 from engram_jax.errors import InputError, NonFiniteError
+from engram_jax.stores.program_stores import TableStore
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
@@ -156,6 +159,7 @@ def test_pad_prompts():
     ({"end_id": -1}, "end_id: -1"),
     ({"end_id": 0}, "end_id: 0; valid: an id that can be drawn"),
     ({"vocab_size": 29}, "vocab_size: 29; valid: 1 to .*28"),
+    ({"vocab_size": 25}, "vocab_size: 25; valid: at most the memory's, 24"),
     ({"pad_id": 24}, "pad_id: 24"),
     ({"slots": 0}, "slots: 0; valid: an integer >= 1, or None"),
     ({"store": None}, "store: None; valid: a store with a memory, and None"),
@@ -176,9 +180,8 @@ def test_tables_that_are_no_numbers_generate_nothing(tiny, temperature, value):
   broken = {i: jnp.full_like(x, value) for i, x in tiny.tables.items()}
   steps = generate(
     tiny.model,
-    broken,
-    tiny.hashing,
-    tiny.compression,
+    tiny.memory,
+    TableStore(broken),
     PROMPTS,
     max_new_tokens=STEPS,
     key=KEY,
@@ -223,7 +226,7 @@ def test_caches_that_do_not_fit_are_refused_with_their_bytes(tiny):
 
 
 def test_bytes_are_those_of_the_caches_that_are_made(tiny):
-  cache = tiny.model.init_cache(2, 32)
+  cache = init_cache(for_decoding(tiny.model), 2, 32)
   made = sum(x.nbytes for x in jax.tree.leaves(cache))
   heads = tiny.model.config.attention.num_heads
   found = decoding_bytes(tiny.model, slots=2, prompt=16, capacity=32)

@@ -234,6 +234,29 @@ def test_a_chunk_that_does_not_fit_is_refused(decoder):
   np.testing.assert_array_equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("wrong", [24, 2**31, 2**32 + 5, 2**40, -1])
+def test_ids_that_are_no_tokens_are_refused_and_not_cut(decoder, wrong):
+  tokens = np.ones((2, 4), np.int64)
+  tokens[1, 2] = wrong
+  line = f"^token_ids: {wrong}; valid: 0 <= id < 24"
+  with pytest.raises(InputError, match=line):
+    decoder.start(decoder.init_state(2, 8), tokens, np.array([4, 3]))
+  with pytest.raises(InputError, match=line):
+    decoder.start(decoder.init_state(2, 8), tokens[:, 2])
+  # It is padding here.
+  decoder.start(decoder.init_state(2, 8), tokens, np.array([4, 2]))()
+  floats = np.ones(2, np.float32)
+  with pytest.raises(InputError, match=r"^token_ids: dtype float32; valid: "):
+    decoder.start(decoder.init_state(2, 8), floats)
+
+
+def test_without_a_memory_any_id_of_the_model_is_a_token(tiny_plain):
+  decoder = Decoder(*tiny_plain.parts)
+  decoder.start(decoder.init_state(1, 8), np.array([27]))()
+  with pytest.raises(InputError, match=r"^token_ids: 28; valid: 0 <= id < 28"):
+    decoder.start(decoder.init_state(1, 8), np.array([28]))
+
+
 def test_generate_takes_a_store(tiny_wide, open_home):
   options = {"max_new_tokens": 5, "key": KEY, "temperature": 1.5}
   expected = generate_all(*tiny_wide.parts, PROMPTS, **options)
@@ -254,15 +277,15 @@ class Failing:
   """A store that fails at its third read."""
 
   def __init__(self, store):
-    self._store, self._reads = store, 0
+    self.store, self.turns = store, 0
     self.row_format, self.num_rows = store.row_format, store.num_rows
     self.statistics = store.statistics
 
   def read(self, row_ids, *, buffers=None):
-    self._reads += 1
-    if self._reads == 3:
+    self.turns += 1
+    if self.turns == 3:
       raise OSError("the network is gone")
-    return self._store.read(row_ids, buffers=buffers)
+    return self.store.read(row_ids, buffers=buffers)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -44,6 +44,7 @@ def test_opens_and_reads_without_loading(sparse):
   before = resident()
   checkpoint = open_v41(sparse)
   assert resident() - before < GIB // 8  # nothing but headers
+  assert checkpoint.made_from is None
   store = checkpoint.store
   assert store.num_rows == {1: 384_006_168, 14: 384_016_682}
   assert store.row_format.bytes_per_row == 264

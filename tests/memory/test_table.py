@@ -35,6 +35,9 @@ def test_refusals():
     init_table(key, 4, 0, std=1.0)
   with pytest.raises(InputError, match="std: -1"):
     init_table(key, 4, 4, std=-1.0)
+  for bad in (1e39, 1e-46, float("inf"), float("nan")):
+    with pytest.raises(InputError, match=r"std: .*; valid: 0, or a number"):
+      init_table(key, 4, 4, std=bad)
   for bad in (-1, 50):
     with pytest.raises(
       InputError, match=f"row_ids: {bad}; valid: 0 <= id < 50"

@@ -41,14 +41,14 @@ class Failing:
   """A store whose reads fail where the first id is 0."""
 
   def __init__(self):
-    self._store = host()
+    self.store = host()
     self.row_format, self.num_rows = FORMAT, HASHING.num_rows
-    self.statistics = self._store.statistics
+    self.statistics = self.store.statistics
 
   def read(self, row_ids, *, buffers=None):
     if row_ids[1].flat[0] == 0:
       raise OSError("page 7 cannot be read")
-    return self._store.read(row_ids, buffers=buffers)
+    return self.store.read(row_ids, buffers=buffers)
 
 
 def ids_of(seed, shape=(2, 5, 4)):

@@ -2,11 +2,14 @@
 
 import threading
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
+from engram_jax.stores import row_cache
 from engram_jax.stores.host_stores import HostStore
 from engram_jax.stores.program_stores import DeviceStore
 from engram_jax.stores.quantization import RowFormat
@@ -125,29 +128,25 @@ def test_of_too_many_rows_those_asked_for_most_are_kept():
   assert cache.by_layer[1].hits - before.hits == 2
 
 
-def test_a_step_like_another_compiles_nothing():
-  from engram_jax.stores import row_cache
-
-  cache = cached(40)
-  for seed in range(12):
-    cache.read(row_ids(seed, (1, 2, 6)))
-  programs = row_cache._rows_of, row_cache._keep
-  size = sum(program._cache_size() for program in programs)
-  for seed in range(100, 140):
-    cache.read(row_ids(seed, (1, 2, 6)))
+def test_a_step_like_another_compiles_nothing(monkeypatch):
   # 12 ids may miss by 1, 2, 4, 8 or 16; of eighths sent there are few kinds.
-  assert sum(program._cache_size() for program in programs) - size <= 12
+  chex.clear_trace_counter()
+  for name in ("read_slots", "write_slots"):
+    plain = getattr(row_cache, name).__wrapped__
+    counted = jax.jit(chex.assert_max_traces(plain, n=8))
+    monkeypatch.setattr(row_cache, name, counted)
+  cache = cached(40)
+  for seed in range(50):
+    cache.read(row_ids(seed, (1, 2, 6)))
 
 
-def test_to_keep_a_row_costs_what_a_row_does():
-  from engram_jax.stores import row_cache
-
+def test_towrite_slots_a_row_costs_what_a_row_does():
   def temp(slots):
     few = jnp.zeros((4, 64), jnp.uint8)
     shapes = jnp.zeros((slots, 64), jnp.uint8), few, jnp.zeros(4, jnp.int32)
     compiled = (
-      row_cache._keep.lower(*shapes).compile(),
-      row_cache._rows_of.lower(*shapes).compile(),
+      row_cache.write_slots.lower(*shapes).compile(),
+      row_cache.read_slots.lower(*shapes).compile(),
     )
     reports = [program.memory_analysis() for program in compiled]
     # The slots are both argument and result.
@@ -200,13 +199,13 @@ def test_a_failing_store_leaves_the_cache_as_it_was():
   np.testing.assert_array_equal(found.packed[1][0], tables()[1][7])
 
 
-@pytest.mark.parametrize("part", ["_rows_of", "_keep", "_keep, done"])
+@pytest.mark.parametrize(
+  "part", ["read_slots", "write_slots", "write_slots, done"]
+)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_what_fails_on_the_device_is_not_taken_for_kept(
   monkeypatch, part, error
 ):
-  from engram_jax.stores import row_cache
-
   # A cache that is full, so that others make room.
   cache, before, ids = cached(4), row_ids(1), row_ids(0)
   cache.read(before)
