@@ -60,7 +60,7 @@ def train_once(
   if not result.finished:
     step = int(result.state.step)
     raise StoppedError(f"stopped at step {step}; run again to continue")
-  model = result.setup.merge_model(result.state)
+  model, memory = result.setup.merge_model(result.state), result.setup.memory
   held_out = list(
     held_out_batches(
       result.data,
@@ -82,7 +82,9 @@ def train_once(
     "seed": config.train.seed,
     "loss": losses,
     "curve": [[record["step"], record["loss"]] for record in curve],
-    "parameters": count_parameters_by_part(config.model, result.setup.hashing),
+    "parameters": count_parameters_by_part(
+      config.model, memory and memory.hashing
+    ),
     "tokens_per_second": float(np.median(speeds)),
   }
 

@@ -1,11 +1,11 @@
 """The Engram layer for Linen models: the same `fuse`, `self.param` per array.
 
 Parameter names and shapes are those of `EngramParams`, so weights move between
-this and `engram_jax.Engram` by name. `init` boxes them with the names of their
-axes (`nn.LogicallyPartitioned`; `nn.unbox` takes the arrays out), which mean
-something under Flax's rules alone: `nn.logical_axis_rules(sharding.
-LOGICAL_AXES.items())` are those of the backbone. Which of them are matrices,
-and which decay: `fusion.engram.param_metadata`.
+this and `engram_jax.Engram` by name. `init` boxes each with the names of its
+axes (`nn.LogicallyPartitioned`; `nn.unbox` takes the arrays out). They place
+nothing without rules. Ours are `list(sharding.LOGICAL_AXES.items())`, given to
+`nn.logical_axis_rules`. Which parameters are matrices, and which decay:
+`fusion.engram.param_metadata`.
 """
 
 import jax.numpy as jnp

@@ -64,7 +64,9 @@ def breaks_from_segments(
   return breaks.astype(xp.int8)
 
 
-def resolve_breaks(breaks: Any, segment_ids: Any) -> Any:
+def resolve_breaks(
+  breaks: Any, segment_ids: Any, positions: Any = None
+) -> Any:
   """`breaks`, checked; or those of `segment_ids`; None without either.
 
   Args:
@@ -75,11 +77,13 @@ def resolve_breaks(breaks: Any, segment_ids: Any) -> Any:
     InputError: both are given, or either is not what its name says.
   """
   if segment_ids is None:
+    found = "without segment_ids"
+    require(positions is None, "positions", found, "both, or neither")
     if breaks is not None:
       require_breaks(breaks)
     return breaks
   require(breaks is None, "segment_ids", "given with breaks", "one of the two")
-  return breaks_from_segments(segment_ids)
+  return breaks_from_segments(segment_ids, positions)
 
 
 def require_breaks(breaks: Breaks | np.ndarray) -> None:
