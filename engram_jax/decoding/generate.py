@@ -9,7 +9,7 @@ fewer slots than prompts, who has finished makes room for the next.
 import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +270,7 @@ def _steps(
       logits, state = _insert((logits, state), end_prefill(), slot)
 
 
-def generate_all(*args, **kwargs) -> list[list[int]]:
+def generate_all(*args: Any, **kwargs: Any) -> list[list[int]]:
   """As `generate`, all at once: the new tokens of each sequence.
 
   A sequence that ended does so with `end_id`.

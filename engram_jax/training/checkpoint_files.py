@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,9 @@ class Keep:
   last: int
   best: int
 
-  def should_preserve(self, checkpoints, *, context):
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
     """Which checkpoints stay, as Orbax asks for it.
 
     Args:
