@@ -236,7 +236,7 @@ class Decoder:
       return row_ids_on_host(hashing, canonical, history=history)
 
     if self._prefetcher is not None:
-      return self._prefetcher.fetch(row_ids).result
+      return self._prefetcher.submit(row_ids).result
     rows = concurrent.futures.Future()
     try:
       buffers = self._own.buffers

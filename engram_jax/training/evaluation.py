@@ -192,9 +192,9 @@ def _losses_of_rows(setup, model, store, batches, memory, prefetch):
 
   with contextlib.ExitStack() as threads:
     if prefetch:
-      fetcher = threads.enter_context(Prefetcher(store))
+      prefetcher = threads.enter_context(Prefetcher(store))
       pairs = prefetched(
-        batches, lambda batch: fetcher.fetch(lambda: row_ids(batch))
+        batches, lambda batch: prefetcher.submit(lambda: row_ids(batch))
       )
     else:
       pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)
