@@ -227,7 +227,7 @@ def test_an_iterator_is_ahead_by_so_many(ahead):
 def test_an_iterator_raises_where_the_item_would_come():
   bad = {layer: 0 * ids for layer, ids in ids_of(0).items()}
   with Prefetcher(Failing()) as prefetcher:
-    items = prefetched([ids_of(0), bad, ids_of(1)], prefetcher.fetch)
+    items = prefetched([ids_of(0), bad, ids_of(1)], prefetcher.submit)
     check(next(items)[1], ids_of(0))
     with pytest.raises(OSError, match="page 7"):
       next(items)
@@ -242,12 +242,12 @@ def test_what_the_items_raise_comes_after_those_before():
 
   with Prefetcher(host(), depth=8) as prefetcher:
     for ahead in (0, 1, 4):
-      found = prefetched(items(), prefetcher.fetch, ahead=ahead)
+      found = prefetched(items(), prefetcher.submit, ahead=ahead)
       for seed in (0, 1):
         check(next(found)[1], ids_of(seed))
       with pytest.raises(OSError, match="the pipe broke"):
         next(found)
-  found = prefetched([ids_of(0)], prefetcher.fetch)
+  found = prefetched([ids_of(0)], prefetcher.submit)
   with pytest.raises(InputError, match="prefetcher: closed"):
     next(found)
 
