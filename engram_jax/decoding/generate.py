@@ -9,7 +9,7 @@ fewer slots than prompts, who has finished makes room for the next.
 import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def generate(
     store: where the memory's rows live, e.g. `TableStore(tables)`; None with
       `memory` None.
     prompts: token ids of each sequence, at least one.
-    max_new_tokens: of each sequence; fewer when it ends.
+    max_new_tokens: most new tokens of a sequence; fewer when it ends.
     key: a JAX random key; unused at temperature 0.
     temperature: see `sample`.
     top_k: see `sample`.
@@ -270,10 +270,14 @@ def _steps(
       logits, state = _insert((logits, state), end_prefill(), slot)
 
 
-def generate_all(*args, **kwargs) -> list[list[int]]:
+def generate_all(*args: Any, **kwargs: Any) -> list[list[int]]:
   """As `generate`, all at once: the new tokens of each sequence.
 
   A sequence that ended does so with `end_id`.
+
+  Args:
+    *args: positional arguments of `generate`.
+    **kwargs: keyword arguments of `generate`.
   """
   steps = list(generate(*args, **kwargs))
   columns = np.stack([step.tokens for step in steps], axis=1).tolist()

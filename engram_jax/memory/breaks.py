@@ -123,7 +123,12 @@ def check_breaks(breaks: Breaks | np.ndarray) -> None:
 
 
 def require_integers(field: str, array: Any) -> None:
-  """Refuses an array of another dtype than integers or bool."""
+  """Refuses an array of another dtype than integers or bool.
+
+  Args:
+    field: name of the array, for the error line.
+    array: the array to check.
+  """
   kind = np.dtype(array.dtype).kind
   require(kind in "iub", field, f"dtype {array.dtype}", "integers")
 

@@ -83,13 +83,17 @@ class TokenCompression:
     text: all of these share the key "" and one canonical id.
 
     Args:
-      tokenizer: a `tokenizers.Tokenizer`, or a Hugging Face
-        `PreTrainedTokenizerBase` that holds one. Texts are decoded by the
-        former, special tokens kept, no clean-up of spaces.
+      tokenizer: a `tokenizers.Tokenizer`, a Hugging Face
+        `PreTrainedTokenizerBase` that holds one, or the path of a
+        `tokenizer.json`. Texts are decoded by the first, special tokens kept,
+        no clean-up of spaces.
 
     Raises:
-      InputError: a tokenizer of another kind, or one without tokens.
+      InputError: a tokenizer of another kind, one without tokens, or a path
+        where there is none.
     """
+    if isinstance(tokenizer, (str, os.PathLike)):
+      tokenizer = _open_tokenizer(Path(tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     methods = ("get_vocab", "decode_batch", "id_to_token")
     require(
@@ -302,3 +306,17 @@ def _checked_map(ids: np.ndarray) -> Int32[np.ndarray, " V"]:
       f"0 <= id <= {limit[first]}: ids in first-seen order",
     )
   return ids.astype(np.int32)
+
+
+def _open_tokenizer(path: Path) -> Any:
+  """The tokenizer of a `tokenizer.json`."""
+  # Of use to those alone who name one by its path.
+  import tokenizers
+
+  path = path.expanduser()
+  require(path.is_file(), "tokenizer", path, "an existing tokenizer.json")
+  try:
+    return tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises plain Exceptions
+    valid = f"a tokenizer.json of Hugging Face's tokenizers ({error})"
+    raise InputError("tokenizer", path, valid) from None

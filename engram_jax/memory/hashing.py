@@ -43,6 +43,7 @@ from engram_jax.memory.breaks import (
   resolve_breaks,
 )
 from engram_jax.memory.compression import NON_TEXT_ID
+from engram_jax.memory.hash_constants import draw_multipliers, take_primes
 from engram_jax.memory.limbs import (
   mixes_by_order,
   one_per_column,
@@ -99,7 +100,7 @@ class NgramHash:
       layers: ids of the Engram layers. Their order matters: no prime is used
         twice in a model, and the first layer takes the smallest.
       pad_id: the *canonical* id of the padding token.
-      seed: of the multipliers.
+      seed: seed of the multipliers.
 
     Raises:
       InputError: a size, layer or id that cannot be hashed.
@@ -134,7 +135,7 @@ class NgramHash:
       sizes = [
         prime
         for least in rows_per_head
-        for prime in _take_primes(least, heads, used)
+        for prime in take_primes(least, heads, used)
       ]
       primes[layer] = np.array(sizes, np.int64)
     return cls(vocab_size, heads, pad_id, multipliers, primes)
@@ -215,7 +216,14 @@ class NgramHash:
     breaks: Breaks | None = None,
     segment_ids: Segments | None = None,
   ) -> dict[int, RowIds]:
-    """Row ids of every Engram layer; see `row_ids`."""
+    """Row ids of every Engram layer; see `row_ids`.
+
+    Args:
+      canonical: int32 [B, L]; a negative id is a position without text.
+      history: int32 [B, N-1], what `next_history` gave; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     breaks = resolve_breaks(breaks, segment_ids)
     return {
       layer: self.row_ids(canonical, layer, history=history, breaks=breaks)
@@ -272,7 +280,15 @@ class NgramHash:
     breaks: Breaks | None = None,
     segment_ids: Segments | None = None,
   ) -> RowIds:
-    """As `row_ids`, without the offsets: rows within each head's own table."""
+    """As `row_ids`, without the offsets: rows within each head's own table.
+
+    Args:
+      canonical: int32 [B, L]; a negative id is a position without text.
+      layer: one of `layers`.
+      history: int32 [B, N-1], what `next_history` gave; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     primes = self._of(self.primes, layer)
     breaks = resolve_breaks(breaks, segment_ids)
     window = [
@@ -292,7 +308,15 @@ class NgramHash:
     breaks: np.ndarray | None = None,
     segment_ids: np.ndarray | None = None,
   ) -> np.ndarray:
-    """`row_ids` on the host: the same numbers, int64 [B, L, K], any size."""
+    """`row_ids` on the host: the same numbers, int64 [B, L, K], any size.
+
+    Args:
+      canonical: integers [B, L]; a negative id is a position without text.
+      layer: one of `layers`.
+      history: integers [B, N-1], the canonical ids before; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     primes = self._of(self.primes, layer)
     breaks = resolve_breaks(breaks, segment_ids)
     columns = self._window(np.asarray(canonical), history, breaks, xp=np)
@@ -443,52 +467,3 @@ class NgramHash:
     return cls(
       vocab_size, heads, pad_id, by_layer(multipliers), by_layer(primes)
     )
-
-
-# --- constants, on the host ---
-
-
-def draw_multipliers(
-  layer: int, *, count: int, vocab_size: int, seed: int
-) -> np.ndarray:
-  """int64 [count]: odd, below 2^63 / vocab_size, as DeepSeek draws them."""
-  bound = max(1, (2**63 - 1) // vocab_size // 2)
-  draws = np.random.default_rng(seed + 10007 * layer).integers(
-    0, bound, count, dtype=np.int64
-  )
-  return 2 * draws + 1
-
-
-def is_prime(number: int) -> bool:
-  """Whether `number`, below 3.1e23, is prime (Miller-Rabin, exact)."""
-  if number < 2:
-    return False
-  bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-  for p in bases:
-    if number % p == 0:
-      return number == p
-  twos = ((number - 1) & (1 - number)).bit_length() - 1
-  odd = (number - 1) >> twos
-  for base in bases:
-    x = pow(base, odd, number)
-    if x in (1, number - 1):
-      continue
-    for _ in range(twos - 1):
-      x = x * x % number
-      if x == number - 1:
-        break
-    else:
-      return False
-  return True
-
-
-def _take_primes(least: int, count: int, used: set[int]) -> list[int]:
-  """The next `count` primes >= least not in `used`, which they then join."""
-  taken: list[int] = []
-  candidate = least
-  while len(taken) < count:
-    if candidate not in used and is_prime(candidate):
-      taken.append(candidate)
-      used.add(candidate)
-    candidate += 1
-  return taken

@@ -135,8 +135,6 @@ class Memory:
     if tokenizer is None:
       compression = TokenCompression.identity(vocab_size)
     else:
-      if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _open_tokenizer(pathlib.Path(tokenizer))
       compression = TokenCompression.from_tokenizer(tokenizer)
     return cls.from_compression(config, compression)
 
@@ -230,7 +228,16 @@ class Memory:
     positions: TokenArray | None = None,
     history: HistoryArray | None = None,
   ) -> dict[int, Int[np.ndarray, "B L K"]]:
-    """`row_ids` on the host: the same numbers, int64, tables of any size."""
+    """`row_ids` on the host: the same numbers, int64, tables of any size.
+
+    Args:
+      tokens: integers [B, L], token ids; a negative one is a position without
+        text.
+      breaks: see `row_ids`.
+      segment_ids: see `row_ids`.
+      positions: see `row_ids`.
+      history: see `row_ids`.
+    """
     breaks = resolve_breaks(breaks, segment_ids, positions)
     canonical = self.compression(np.asarray(tokens))
     breaks, history = (
@@ -489,17 +496,3 @@ class Memory:
       f"Memory(rows per layer {{{rows}}}, width {self.config.head_dim}, "
       f"{self.vocab_size:,} token ids, digest {self.digest[:12]})"
     )
-
-
-def _open_tokenizer(path: pathlib.Path) -> Any:
-  """The tokenizer of a `tokenizer.json`."""
-  # Of use to those alone who name one by its path.
-  import tokenizers
-
-  path = path.expanduser()
-  require(path.is_file(), "tokenizer", path, "an existing tokenizer.json")
-  try:
-    return tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises plain Exceptions
-    valid = f"a tokenizer.json of Hugging Face's tokenizers ({error})"
-    raise InputError("tokenizer", path, valid) from None

@@ -31,7 +31,7 @@ from engram_jax.stores.store import (
   to_device,
 )
 
-Fetch = concurrent.futures.Future
+Future = concurrent.futures.Future
 Item = TypeVar("Item")
 
 
@@ -73,8 +73,8 @@ def read_to_device(
   Args:
     store: any.
     row_ids: as its `read` takes them.
-    buffers: of the calling thread; free again when this returns.
-    device: see `to_device`; of use to stores that read on the host.
+    buffers: the calling thread's buffers; free again when this returns.
+    device: see `to_device`; only stores that read on the host use it.
 
   Returns:
     A row for each id, [..., n], whatever the number of distinct ones: a model
@@ -111,10 +111,10 @@ class Prefetcher:
 
   Args:
     store: where the rows live.
-    hashing: the model's, for `fetch_tokens`; None to `fetch` row ids alone.
+    hashing: the model's, for `submit_tokens`; None to `submit` row ids alone.
     threads: how many read at once; one gives rows in the order of asking.
     depth: fetches that may wait or run at a time; a further one makes its
-      caller wait. What was fetched stays on the device while its `Fetch` does.
+      caller wait. What was fetched stays on the device while its `Future` does.
     device: see `to_device`.
 
   Raises:
@@ -144,9 +144,9 @@ class Prefetcher:
       threads, thread_name_prefix="engram-prefetch"
     )
 
-  def fetch(
+  def submit(
     self, row_ids: RowIdsByLayer | Callable[[], RowIdsByLayer]
-  ) -> Fetch[PackedRows]:
+  ) -> Future[PackedRows]:
     """Starts to read rows.
 
     Args:
@@ -174,12 +174,15 @@ class Prefetcher:
     future.add_done_callback(lambda _: self._room.release())
     return future
 
-  def fetch_tokens(
+  def submit_tokens(
     self, canonical: Any, *, history: Any = None, breaks: Any = None
-  ) -> Fetch[PackedRows]:
-    """As `fetch`, of what these tokens read; the thread hashes them too.
+  ) -> Future[PackedRows]:
+    """As `submit`, of what these tokens read; the thread hashes them too.
 
-    Arguments as `row_ids_on_host`'s.
+    Args:
+      canonical: int32 [B, L], canonical ids.
+      history: int32 [B, N-1], the canonical ids before; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
 
     Raises:
       InputError: the prefetcher is closed, or has no hash.
@@ -187,7 +190,7 @@ class Prefetcher:
     hashing = self.hashing
     valid = "the model's hash, given to the Prefetcher"
     require(hashing is not None, "hashing", None, valid)
-    return self.fetch(
+    return self.submit(
       lambda: row_ids_on_host(
         hashing, canonical, history=history, breaks=breaks
       )
@@ -218,7 +221,7 @@ class Prefetcher:
 
 def prefetched(
   items: Iterable[Item],
-  start: Callable[[Item], Fetch[PackedRows]],
+  start: Callable[[Item], Future[PackedRows]],
   *,
   ahead: int = 1,
 ) -> Iterator[tuple[Item, PackedRows]]:
@@ -245,7 +248,7 @@ def prefetched(
         except StopIteration:
           more = False
         except Exception as error:
-          more, failed = False, Fetch()
+          more, failed = False, Future()
           failed.set_exception(error)
           under_way.append((None, failed))
       if under_way:
@@ -257,7 +260,12 @@ def prefetched(
 
 
 def require_rows(store: RowStore, hashing: NgramHash) -> None:
-  """Refuses a store of other layers than the hash's, or with fewer rows."""
+  """Refuses a store of other layers than the hash's, or with fewer rows.
+
+  Args:
+    store: the store to check.
+    hashing: the hash whose ids it is to be read with.
+  """
   found, wanted = dict(store.num_rows), hashing.num_rows
   valid = f"rows of the layers {sorted(wanted)}"
   same = sorted(found) == sorted(wanted)

@@ -2,12 +2,12 @@
 
 One folder per step, of separate items, each readable without the others:
 
-  backbone   parameters and balancing biases
-  memory     the tables (absent in a model without a memory)
-  optimizer  step, optax's state, the row optimizer's states
-  data       position of the Grain iterator, one file per process, all alike
-  constants  JSON: config, hash constants, digests, library versions
-  manifest   JSON: dtype, shape and checksum of every array; what else is here
+  backbone      parameters and balancing biases
+  memory        the tables (absent in a model without a memory)
+  optimizer     step, optax's state, the row optimizer's states
+  data          position of the Grain iterator, a file per process, all alike
+  run_metadata  JSON: config, hash, digests, library versions
+  manifest      JSON: dtype, shape and checksum of every array; what is here
 
 Arrays are stored by name (`state.flatten`), so that a checkpoint does not
 depend on how Flax or optax nest their containers.
@@ -45,7 +45,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
@@ -215,9 +214,7 @@ class Checkpoints:
       "data": data_iterator is not None,
     }
     arguments = {
-      # Orbax refuses arrays without entries; the manifest has their shapes.
-      name: ocp.args.PyTreeSave({k: x for k, x in arrays.items() if x.size})
-      for name, arrays in items.items()
+      name: ocp.args.PyTreeSave(arrays) for name, arrays in items.items()
     }
     arguments["run_metadata"] = ocp.args.JsonSave(run_metadata)
     arguments["manifest"] = ocp.args.JsonSave(manifest)
@@ -397,9 +394,8 @@ class Checkpoints:
       require_same_arrays(name, about, flat[name], manifest["rows"])
     restored = {}
     for name, structs in flat.items():
-      stored = {key: s for key, s in structs.items() if s.size}
       found = {}
-      if stored:
+      if structs:
         arguments = {
           key: ocp.ArrayRestoreArgs(
             sharding=s.sharding,
@@ -408,13 +404,10 @@ class Checkpoints:
             # Or Orbax cuts or pads any array to the shape asked for.
             strict=list(s.shape) == described[name][key][1],
           )
-          for key, s in stored.items()
+          for key, s in structs.items()
         }
-        item = ocp.args.PyTreeRestore(stored, restore_args=arguments)
+        item = ocp.args.PyTreeRestore(structs, restore_args=arguments)
         found = dict(self._read(step, **{name: item})[name])
-      for key, s in structs.items():
-        if not s.size:
-          found[key] = jax.device_put(np.zeros(s.shape, s.dtype), s.sharding)
       for key, about in describe(found).items():
         shape, total = structs[key].shape, described[name][key][2]
         same = about == [str(structs[key].dtype), list(shape), total]

@@ -78,13 +78,26 @@ def require_own_files(
     own_compression(compression, stored)
 
 
+def text_digests(stored: Mapping[str, Any]) -> dict[str, str | None]:
+  """Digests of the text that a checkpoint was trained and rated on, by split.
+
+  Args:
+    stored: its run metadata.
+
+  Returns:
+    None for a split that it does not know, as earlier checkpoints.
+  """
+  names = {"train": "data_digest", "validation": "held_out_digest"}
+  return {split: stored.get(name) for split, name in names.items()}
+
+
 def require_own_text(
   digests: Mapping[str, str | None], data: PreparedData, config: DataConfig
 ) -> list[str]:
   """Refuses text that is no longer what a checkpoint was trained and rated on.
 
   Args:
-    digests: `TrainedModel.text_digests`.
+    digests: from `text_digests`.
     data: what the run's source of text gives now, under the run's tokenizer.
     config: names that source.
 

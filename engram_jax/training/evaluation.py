@@ -155,7 +155,12 @@ def batch_losses(
 
 
 def batch_row_ids(setup: TrainSetup, batch: Batch) -> dict[int, np.ndarray]:
-  """int64 [B, L, K] per Engram layer, what a batch reads; on the host."""
+  """int64 [B, L, K] per Engram layer, what a batch reads; on the host.
+
+  Args:
+    setup: the setup of a model with a memory.
+    batch: int32 `inputs` and int8 `breaks`, [B, L].
+  """
   return setup.memory.row_ids_numpy(batch["inputs"], breaks=batch["breaks"])
 
 
@@ -187,9 +192,9 @@ def _losses_of_rows(setup, model, store, batches, memory, prefetch):
 
   with contextlib.ExitStack() as threads:
     if prefetch:
-      fetcher = threads.enter_context(Prefetcher(store))
+      prefetcher = threads.enter_context(Prefetcher(store))
       pairs = prefetched(
-        batches, lambda batch: fetcher.fetch(lambda: row_ids(batch))
+        batches, lambda batch: prefetcher.submit(lambda: row_ids(batch))
       )
     else:
       pairs = ((x, read_to_device(store, row_ids(x))) for x in batches)

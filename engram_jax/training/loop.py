@@ -31,13 +31,22 @@ from jax.sharding import Mesh
 from engram_jax import sharding
 from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
-from engram_jax.errors import InputError, NonFiniteError, require
+from engram_jax.errors import (
+  InputError,
+  NonFiniteError,
+  first_line,
+  require,
+)
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.companions import require_own_files
+from engram_jax.training.companions import (
+  require_own_files,
+  require_own_text,
+  text_digests,
+)
 from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.init_from import (
   find_source,
@@ -75,7 +84,7 @@ class RunResult:
     setup: what was trained.
     data: the prepared text.
     finished: False when a signal ended the run early.
-    compile_seconds: of the training step.
+    compile_seconds: seconds that compiling the training step took.
     steps_taken: by this call; 0 if the run had ended before.
     tokens_per_second: over this call's steps, without evaluations,
       checkpoints and compilation; None if it took none.
@@ -108,7 +117,7 @@ def run(
     workdir: its folder; new, empty, or of the same run.
     init_from: the folder of another run, whose weights a new one starts from;
       see `init_from.py`. Not looked at once the run has a checkpoint.
-    init_step: of the other run's checkpoint; None for the newest.
+    init_step: step of the other run's checkpoint; None for the newest.
     progress: tell on standard error what is done, with a progress bar.
 
   Raises:
@@ -175,7 +184,7 @@ def run(
     )
     if stored is not None:
       processes.on_all_processes(
-        lambda: require_own_files(folder.tokenizer, folder.compression, stored)
+        lambda: _require_own(folder, stored, data, config)
       )
       require_same_run(stored, expected)
     elif source is not None:
@@ -227,7 +236,29 @@ def _enter(
   folder.require_usable()
   if processes.is_main():
     stack.enter_context(locked(folder.path))
+    if not folder.config.exists():
+      stack.push(_clearing_start(folder))
   return open_folder(workdir, config)
+
+
+def _clearing_start(folder: RunFolder) -> Callable[..., None]:
+  """What an `ExitStack` calls at its end, of a start in a new folder.
+
+  A start that is refused leaves a folder that takes another config.
+  """
+
+  def clear(kind, error, trace) -> None:
+    del error, trace
+    if kind is None:
+      return
+    try:
+      if not folder.has_begun():
+        folder.clear_start()
+    except (InputError, OSError) as failure:
+      # What ended the start is what is to be told.
+      logging.warning("%s not cleared: %s", folder.path, first_line(failure))
+
+  return clear
 
 
 def _make_mesh(config: ExperimentConfig) -> Mesh | None:
@@ -277,6 +308,13 @@ def _prepare_run(config: ExperimentConfig, folder: RunFolder, data):
   return memory, iterator, evaluation
 
 
+def _require_own(folder, stored, data, config) -> None:
+  """Refuses files or text that are not those of a checkpoint's run."""
+  require_own_files(folder.tokenizer, folder.compression, stored)
+  # Other text trains another tokenizer: say so, and not what follows from it.
+  require_own_text(text_digests(stored), data, config.data)
+
+
 def _require_as_on_main(expected: dict[str, Any]) -> None:
   """Refuses a process with other text, tokenizer or hash than process 0's."""
   other = difference(processes.from_main(expected), expected)
@@ -312,7 +350,12 @@ def _say(line: str) -> None:
 def evaluation_batches(
   config: ExperimentConfig, data: PreparedData
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The same first batches of the validation split at every evaluation."""
+  """The same first batches of the validation split at every evaluation.
+
+  Args:
+    config: config of the run.
+    data: its prepared text.
+  """
   train = config.train
   return held_out_batches(
     data,

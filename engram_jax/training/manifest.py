@@ -76,13 +76,13 @@ def describe(arrays: Mapping[str, Array]) -> dict[str, list]:
   }
 
 
-def rows_in_use(constants: Mapping[str, Any]) -> dict[str, int]:
+def rows_in_use(run_metadata: Mapping[str, Any]) -> dict[str, int]:
   """Rows R that the hash of each table can name, by layer; {} without one.
 
   Args:
-    constants: a checkpoint's, of which `hash` is `NgramHash.to_dict`'s.
+    run_metadata: a checkpoint's, of which `hash` is `NgramHash.to_dict`'s.
   """
-  stored = constants.get("hash") or {}
+  stored = run_metadata.get("hash") or {}
   primes = zip(stored.get("layers", ()), stored.get("primes", ()))
   return {str(layer): sum(of_heads) for layer, of_heads in primes}
 

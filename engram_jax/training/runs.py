@@ -32,6 +32,7 @@ from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import (
   own_compression,
   own_tokenizer,
+  text_digests,
 )
 from engram_jax.training.json_values import read_object, to_text
 from engram_jax.training.locks import LOCK
@@ -92,6 +93,20 @@ class RunFolder:
     with usable(folder, "a folder that can be read", field="workdir"):
       return steps_in(folder) if folder.is_dir() else []
 
+  def has_begun(self) -> bool:
+    """Whether a run has come as far as its first step."""
+    with usable(self.path, "a folder that can be read", field="workdir"):
+      said = self.metrics.exists() or self.diverged.exists()
+    return said or bool(self.saved_steps())
+
+  def clear_start(self) -> None:
+    """Removes what a start has left that ended before its first step."""
+    paths = self.config, self.tokenizer, self.compression, self.init_from
+    for path in paths:
+      path.unlink(missing_ok=True)
+    if self.checkpoints.is_dir():
+      self.checkpoints.rmdir()
+
   def require_usable(self) -> None:
     """Refuses what is neither a new folder, nor an empty one, nor a run's.
 
@@ -118,16 +133,17 @@ class TrainedModel:
   """A checkpoint, ready for inference.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
+    config: config of the run.
+    step: step of the checkpoint.
     model: the transformer with its weights.
     tables: per Engram layer [R, d]; empty without a memory, or if not wanted.
     memory: None without a memory.
     tokenizer: the run's.
     setup: for the functions of `step.py`.
-    identity: of the checkpoint, to be compared with that of a row file.
-    text_digests: of the text that it was trained and rated on, by split; None
-      for one that its checkpoint does not know.
+    identity: identity of the checkpoint, to be compared with that of a row
+      file.
+    text_digests: digests of the text it was trained and evaluated on, by split;
+      None for one that its checkpoint does not know.
   """
 
   config: ExperimentConfig
@@ -147,6 +163,10 @@ def open_folder(
   """Makes the folder of a run, or enters that of the same run.
 
   Process 0 makes it; the others are to enter after it.
+
+  Args:
+    workdir: path of the folder, which need not exist.
+    config: config of the run.
 
   Raises:
     InputError: the folder holds a run of another config, a damaged
@@ -187,6 +207,10 @@ def make_memory(
 ) -> Memory | None:
   """The memory of a new run over its tokenizer; None for a model without one.
 
+  Args:
+    config: config of the run.
+    tokenizer: the tokenizer that its text is encoded with.
+
   Raises:
     InputError: a pad id that is no token, by its field of the config.
   """
@@ -207,6 +231,11 @@ def save_tokenizer_of_run(
 
   What is there stays once there is a checkpoint: it is the checkpoint's, see
   `companions.py`.
+
+  Args:
+    folder: folder of the run.
+    source: the tokenizer's file.
+    memory: the run's memory, which holds the compression; None without one.
   """
   begun = bool(folder.saved_steps())
   if not (begun and folder.tokenizer.exists()):
@@ -223,7 +252,7 @@ def load_run(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    step: step of the checkpoint; None for the newest.
     tables: False to leave them on the disk: the rows come from elsewhere.
 
   Raises:
@@ -255,8 +284,5 @@ def load_run(
     tokenizer=tokenizer,
     setup=setup,
     identity=weights_identity(step, stored, manifest),
-    text_digests={
-      "train": stored["data_digest"],
-      "validation": stored.get("held_out_digest"),
-    },
+    text_digests=text_digests(stored),
   )

@@ -1,4 +1,4 @@
-"""Rows fetched from all devices, and gradients sent home, against one array."""
+"""Rows looked up on all devices, and their gradients, against one array."""
 
 import functools
 
@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from engram_jax import sharding
 from engram_jax.errors import InputError
 from engram_jax.memory import exchange
-from engram_jax.memory.row_sparse import lazy_adam, sum_duplicates
+from engram_jax.memory.row_sparse import row_sparse, sum_duplicates
+from engram_jax.memory.row_transformations import scale_by_adam_per_row
 
 
 def zipf_ids(seed: int, shape: tuple[int, ...], below: int) -> np.ndarray:
@@ -187,7 +188,7 @@ def test_bfloat16_rows(auto_mesh, tables, gradients):
 
 def test_lazy_adam_where_the_rows_live(auto_mesh, tables, gradients):
   ids = {i: IDS["zipf"](i, rows) for i, rows in NUM_ROWS.items()}
-  optimizer = lazy_adam(bias_correction="row")
+  optimizer = row_sparse(scale_by_adam_per_row())
   placed = place(tables, auto_mesh, sharding.TABLE)
   row_ids = place(ids, auto_mesh, sharding.TOKENS)
   named = place(gradients, auto_mesh, sharding.TOKENS)

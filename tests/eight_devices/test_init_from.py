@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.run_config import TrainConfig
 from engram_jax.training.checkpoints import Checkpoints
-from engram_jax.training.init_from import Origin, state_from
-from engram_jax.training.runs import RunFolder, abstract_state
+from engram_jax.training.init_from import SourceCheckpoint, init_state_from
+from engram_jax.training.runs import RunFolder
 from engram_jax.training.setup import TrainSetup
-from engram_jax.training.state import abstract_model, flatten, unflatten
+from engram_jax.training.state import flatten, unflatten
 
 MODEL = ModelConfig(
   vocab_size=32,
@@ -34,46 +33,36 @@ MODEL = ModelConfig(
 )
 
 
-def make_program(mesh):
-  memory = MODEL.engram
-  return TrainSetup.create(
-    MODEL,
-    TrainConfig(steps=10, batch_size=8, seq_len=8),
-    abstract_model(MODEL)[0],
-    hashing=NgramHash.create(
-      vocab_size=32,
-      rows_per_head=memory.rows_per_head,
-      heads=memory.heads,
-      layers=memory.layers,
-      pad_id=0,
-    ),
-    compression=TokenCompression.identity(32),
-    mesh=mesh,
-  )
+MEMORY = Memory.create(MODEL.engram, vocab_size=MODEL.vocab_size)
+
+
+def make_setup(mesh):
+  train = TrainConfig(steps=10, batch_size=8, seq_len=8)
+  return TrainSetup.create(MODEL, train, MEMORY, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """A checkpoint of one device; its state drawn by NumPy."""
-  program, rng = make_program(None), np.random.default_rng(0)
-  template = abstract_state(program)
+  rng = np.random.default_rng(0)
+  template = make_setup(None).abstract_state()
   leaves = {
     name: jax.numpy.asarray(rng.normal(size=leaf.shape), leaf.dtype)
     for name, leaf in flatten(template).items()
   }
   leaves["step"] = jax.numpy.asarray(7, "int32")
   folder = RunFolder.of(tmp_path_factory.mktemp("trained"))
-  constants = {"hash": program.hashing.to_dict()}
+  metadata = {"hash": MEMORY.hashing.to_dict()}
   with Checkpoints(folder.checkpoints, keep_last=1, keep_best=0) as saved:
-    saved.save(7, unflatten(template, leaves), constants=constants)
-  return Origin(folder, 7, constants), leaves
+    saved.save(7, unflatten(template, leaves), run_metadata=metadata)
+  return SourceCheckpoint(folder, 7, metadata), leaves
 
 
 def test_every_array_is_born_where_it_is_to_lie(trained, auto_mesh):
-  origin, was = trained
-  program = make_program(auto_mesh)
-  state = state_from(origin, program)
-  expected = flatten(abstract_state(program))
+  source, was = trained
+  setup = make_setup(auto_mesh)
+  state = init_state_from(source, setup)
+  expected = flatten(setup.abstract_state())
   for name, leaf in flatten(state).items():
     about = expected[name]
     assert (leaf.shape, leaf.dtype) == (about.shape, about.dtype)

@@ -21,16 +21,13 @@ from engram_jax.config import (
   ModelConfig,
   MoEConfig,
 )
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.table import init_table
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.stores.program_stores import TableStore
-from engram_jax.training import runs
 from engram_jax.training.evaluation import batch_losses
-from engram_jax.training.runs import abstract_state
 from engram_jax.training.setup import TrainSetup
-from engram_jax.training.state import abstract_model, flatten, unflatten
+from engram_jax.training.state import flatten, unflatten
 from engram_jax.training.step import make_train_step
 
 VOCAB, BATCH, LENGTH, STEPS = 64, 16, 12, 3
@@ -83,10 +80,10 @@ LARGE = dataclasses.replace(
 LARGE_TRAIN = dict(optimizer="muon", loss_chunk=8)
 
 
-def make_program(
+def make_setup(
   shape=None, *, model=MODEL, dispatch="dense", engram=None, **train
 ):
-  """A program for a mesh of this shape; on one device without."""
+  """A setup for a mesh of this shape; on one device without."""
   moe = dataclasses.replace(MODEL.moe, dispatch=dispatch)
   engram = engram or model.engram
   model = dataclasses.replace(model, moe=moe, engram=engram)
@@ -96,27 +93,19 @@ def make_program(
   return TrainSetup.create(
     model,
     dataclasses.replace(TRAIN, **train),
-    abstract_model(model)[0],
-    hashing=NgramHash.create(
-      vocab_size=VOCAB,
-      rows_per_head=engram.rows_per_head,
-      heads=engram.heads,
-      layers=engram.layers,
-      pad_id=0,
-    ),
-    compression=TokenCompression.identity(VOCAB),
+    Memory.create(engram, vocab_size=VOCAB),
     mesh=sharding.make_mesh(config) if shape else None,
     mesh_config=config,
   )
 
 
-def drawn_state(program):
+def drawn_state(setup):
   """A state by NumPy (`init_state` takes long to compile), placed."""
   rng = np.random.default_rng(0)
-  one = dataclasses.replace(program, mesh=None)
-  whole = flatten(abstract_state(one))
+  one = dataclasses.replace(setup, mesh=None)
+  whole = flatten(one.abstract_state())
   leaves = {}
-  for name, leaf in flatten(abstract_state(program)).items():
+  for name, leaf in flatten(setup.abstract_state()).items():
     shape = whole[name].shape
     if name.startswith("tables/"):
       value = 0.5 * rng.normal(size=shape)
@@ -129,7 +118,7 @@ def drawn_state(program):
       value = np.pad(value, [(0, n - m) for n, m in zip(leaf.shape, shape)])
     value = jnp.asarray(value, leaf.dtype)
     leaves[name] = jax.device_put(value, leaf.sharding)
-  return jax.block_until_ready(unflatten(abstract_state(program), leaves))
+  return jax.block_until_ready(unflatten(setup.abstract_state(), leaves))
 
 
 def make_batch(seed: int):
@@ -143,37 +132,38 @@ def make_batch(seed: int):
   }
 
 
-def run(program):
+def run(setup):
   """The state after some steps, their metrics, and an evaluation."""
-  state, room, metrics, grown = drawn_state(program), None, [], 0
+  state, room, metrics, grown = drawn_state(setup), None, [], 0
   while len(metrics) < STEPS:
-    batch = sharding.place_batch(make_batch(len(metrics)), program.mesh)
-    room = room or program.capacity(batch)
+    batch = sharding.place_batch(make_batch(len(metrics)), setup.mesh)
+    room = room or setup.lookup_capacity(batch)
     before = int(state.step)
-    step = compiled_step(program, room.rows)
+    step = compiled_step(setup, room.rows)
     state, observed = step(state, batch)
     observed = jax.device_get(observed)
     if not room.suffices(observed.get("lookup_needed", 0)):
       assert int(state.step) == before
+      room = room.grown(observed["lookup_needed"])
       grown += 1
       continue
     metrics.append(observed)
   store = TableStore(state.tables) if state.tables else None
   (evaluation,) = batch_losses(
-    program, program.merge_model(state), store, [make_batch(99)]
+    setup, setup.merge_model(state), store, [make_batch(99)]
   )
   flat = {name: np.asarray(x) for name, x in flatten(state).items()}
   return flat, metrics, jax.device_get(evaluation), grown
 
 
 @functools.cache
-def compiled_step(program, capacity):
-  return make_train_step(program, capacity=capacity)
+def compiled_step(setup, capacity):
+  return make_train_step(setup, capacity=capacity)
 
 
 @functools.cache
 def reference(model):
-  return run(make_program(model=model, **TRAINING[model]))
+  return run(make_setup(model=model, **TRAINING[model]))
 
 
 CASES = {
@@ -189,10 +179,10 @@ TRAINING = {MODEL: {}, LARGE: LARGE_TRAIN}
 def test_every_parameter_and_every_row(case):
   options = dict(CASES[case])
   factor = options.pop("lookup_capacity", 1.25)
-  program = make_program(**options)
-  lookup = dataclasses.replace(program.mesh_config, lookup_capacity=factor)
-  program = dataclasses.replace(program, mesh_config=lookup)
-  found, metrics, evaluation, grown = run(program)
+  setup = make_setup(**options)
+  lookup = dataclasses.replace(setup.mesh_config, lookup_capacity=factor)
+  setup = dataclasses.replace(setup, mesh_config=lookup)
+  found, metrics, evaluation, grown = run(setup)
   model = options.get("model", MODEL)
   wanted, its_metrics, its_evaluation, _ = reference(model)
   if factor < 1:
@@ -223,18 +213,18 @@ def test_born_where_it_lies():
   engram = dataclasses.replace(
     MODEL.engram, layers=(1,), rows_per_head=(20_000, 20_000)
   )
-  program = make_program((4, 2, 1), engram=engram)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program))
-  create = jax.jit(lambda: runs.initial_state(program), out_shardings=shardings)
+  setup = make_setup((4, 2, 1), engram=engram)
+  shardings = jax.tree.map(lambda x: x.sharding, setup.abstract_state())
+  create = jax.jit(setup.initial_state, out_shardings=shardings)
   create = create.lower().compile()
   table = create().tables[1]
   memory = memory_report(create)
   assert memory["output"] + memory["temp"] < table.nbytes
 
   assert table.sharding.spec == sharding.TABLE
-  num_rows = program.hashing.num_rows[1]
+  num_rows = setup.memory.hashing.num_rows[1]
   assert num_rows < table.shape[0] == sharding.padded_rows(num_rows, 8)
-  key = jax.random.split(jax.random.key(program.train.seed))[1]
+  key = jax.random.split(jax.random.key(setup.train.seed))[1]
   one = init_table(
     jax.random.fold_in(key, 1), num_rows, engram.head_dim, std=0.02
   )
@@ -244,25 +234,25 @@ def test_born_where_it_lies():
 
 @functools.cache
 def compiled_for_reading():
-  """A step with tables larger than anything else, its program and memory."""
+  """A step with tables larger than anything else, its setup and state."""
   engram = dataclasses.replace(MODEL.engram, rows_per_head=(20_000, 20_000))
-  program = make_program((4, 2, 1), dispatch="bucketed", engram=engram)
-  wide = dataclasses.replace(program.mesh_config, lookup_capacity=2.0)
-  program = dataclasses.replace(program, mesh_config=wide)
-  state = abstract_state(program)
+  setup = make_setup((4, 2, 1), dispatch="bucketed", engram=engram)
+  wide = dataclasses.replace(setup.mesh_config, lookup_capacity=2.0)
+  setup = dataclasses.replace(setup, mesh_config=wide)
+  state = setup.abstract_state()
   batch = {
     name: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding.batch_sharding(program.mesh)
+      x.shape, x.dtype, sharding=sharding.batch_sharding(setup.mesh)
     )
     for name, x in make_batch(0).items()
   }
-  room = program.capacity(batch)
-  step = make_train_step(program, capacity=room.rows)
-  return program, state, step.lower(state, batch).compile()
+  room = setup.lookup_capacity(batch)
+  step = make_train_step(setup, capacity=room.rows)
+  return setup, state, step.lower(state, batch).compile()
 
 
 def test_nothing_sent_is_as_large_as_a_table():
-  program, state, compiled = compiled_for_reading()
+  setup, state, compiled = compiled_for_reading()
   found = collectives(compiled)
   for layer, table in state.tables.items():
     rows, width = table.shape
@@ -270,7 +260,7 @@ def test_nothing_sent_is_as_large_as_a_table():
   # Rows go by all-to-all: no device ever has those of the whole batch.
   exchanged = [x for x in found if x.kind == "all-to-all"]
   assert exchanged
-  whole = BATCH * LENGTH * program.hashing.columns * width
+  whole = BATCH * LENGTH * setup.memory.hashing.columns * width
   for record in found:
     assert math.prod(record.shape) < whole, record
   # What is gathered are ids, and parameters to compute with.
@@ -280,19 +270,19 @@ def test_nothing_sent_is_as_large_as_a_table():
 
 
 def test_tables_are_written_in_place():
-  program, state, compiled = compiled_for_reading()
+  setup, state, compiled = compiled_for_reading()
   memory = [state.tables, state.table_states]
   held = sum(math.prod(x.shape) * 4 // 8 for x in jax.tree.leaves(memory))
   report = memory_report(compiled)
   assert report["alias"] >= held
   assert report["temp"] < held / 2
-  state = drawn_state(program)
+  state = drawn_state(setup)
   tables = [*state.tables.values(), *jax.tree.leaves(state.table_states)]
   before = [addresses(x) for x in tables if x.ndim]
-  batch = sharding.place_batch(make_batch(0), program.mesh)
+  batch = sharding.place_batch(make_batch(0), setup.mesh)
   state, metrics = compiled(state, batch)
   assert metrics["finite"]
-  assert metrics["lookup_needed"] <= program.capacity(batch).rows
+  assert metrics["lookup_needed"] <= setup.lookup_capacity(batch).rows
   tables = [*state.tables.values(), *jax.tree.leaves(state.table_states)]
   assert [addresses(x) for x in tables if x.ndim] == before
 

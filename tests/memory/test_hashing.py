@@ -11,7 +11,8 @@ from jax.experimental import checkify
 
 from engram_jax.errors import InputError
 from engram_jax.memory.compression import NON_TEXT_ID
-from engram_jax.memory.hashing import NgramHash, is_prime
+from engram_jax.memory.hash_constants import is_prime
+from engram_jax.memory.hashing import NgramHash
 from engram_jax.types import Break
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "hash.npz")

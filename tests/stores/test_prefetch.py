@@ -82,7 +82,7 @@ def test_many_fetches_under_way_keep_their_rows(home, threads):
     store = home()
   with Prefetcher(store, threads=threads, depth=4) as prefetcher:
     # All results are held: none may lie in memory that a later read takes.
-    fetches = [prefetcher.fetch(ids_of(seed)) for seed in range(12)]
+    fetches = [prefetcher.submit(ids_of(seed)) for seed in range(12)]
     for seed, fetch in enumerate(fetches):
       check(fetch.result(), ids_of(seed))
   assert not alive()
@@ -103,7 +103,7 @@ def test_tokens_are_hashed_on_the_way():
   for layer, ids in expected.items():
     np.testing.assert_array_equal(on_host[layer], ids)
   with Prefetcher(host(), HASHING) as prefetcher:
-    fetch = prefetcher.fetch_tokens(jnp.asarray(canonical), **known)
+    fetch = prefetcher.submit_tokens(jnp.asarray(canonical), **known)
     check(fetch.result(), on_host)
 
 
@@ -123,7 +123,7 @@ class Held(Failing):
 def test_the_caller_goes_on_while_rows_are_read():
   store = Held()
   with Prefetcher(store) as prefetcher:
-    fetch = prefetcher.fetch(ids_of(1))
+    fetch = prefetcher.submit(ids_of(1))
     assert store.entered.acquire(timeout=60)
     assert not fetch.done()
     store.go_on.set()
@@ -135,7 +135,7 @@ def test_no_more_than_depth_are_under_way():
 
   def ask(prefetcher):
     for seed in range(4):
-      begun.append(prefetcher.fetch(ids_of(seed)))
+      begun.append(prefetcher.submit(ids_of(seed)))
 
   with Prefetcher(store, depth=2) as prefetcher:
     caller = threading.Thread(target=ask, args=(prefetcher,))
@@ -157,32 +157,32 @@ def test_what_the_store_raises_comes_with_the_result_and_stops_nothing():
   outside = {layer: ids + 10**6 for layer, ids in ids_of(0).items()}
   with Prefetcher(Failing(), HASHING) as prefetcher:
     for _ in range(3):  # no room is lost on the way
-      first, second = prefetcher.fetch(bad), prefetcher.fetch(outside)
+      first, second = prefetcher.submit(bad), prefetcher.submit(outside)
       with pytest.raises(OSError, match="page 7 cannot be read"):
         first.result()
       with pytest.raises(InputError, match=r"row_ids\[1\]: "):
         second.result()
-      check(prefetcher.fetch(ids_of(1)).result(), ids_of(1))
+      check(prefetcher.submit(ids_of(1)).result(), ids_of(1))
     with pytest.raises(InputError, match=r"^canonical: 99"):
-      prefetcher.fetch_tokens(np.full((1, 3), 99, np.int32)).result()
+      prefetcher.submit_tokens(np.full((1, 3), 99, np.int32)).result()
 
 
 def test_a_closed_one_says_so_and_waits_for_nobody():
   prefetcher = Prefetcher(SlowStore(host(), delay_s=0.3), depth=8)
-  fetches = [prefetcher.fetch(ids_of(seed)) for seed in range(8)]
+  fetches = [prefetcher.submit(ids_of(seed)) for seed in range(8)]
   prefetcher.close()
   prefetcher.close()
   assert not alive()
   # Those that had begun are done, the others were dropped.
   assert all(fetch.done() for fetch in fetches) and fetches[-1].cancelled()
   with pytest.raises(InputError, match="prefetcher: closed; valid: an open"):
-    prefetcher.fetch(ids_of(0))
+    prefetcher.submit(ids_of(0))
 
 
 def test_an_error_in_the_context_ends_the_threads_too():
   with pytest.raises(RuntimeError, match="mine"):
     with Prefetcher(host()) as prefetcher:
-      prefetcher.fetch(ids_of(0))
+      prefetcher.submit(ids_of(0))
       raise RuntimeError("mine")
   assert not alive()
 
@@ -195,8 +195,8 @@ from engram_jax.stores.quantization import RowFormat
 from engram_jax.stores.host_stores import HostStore
 store = HostStore({0: np.zeros((9, 16), np.uint8)}, RowFormat("float32", 4))
 prefetcher = Prefetcher(store)
-kept = prefetcher.fetch({0: np.arange(4)})
-prefetcher.fetch({0: np.arange(4)})
+kept = prefetcher.submit({0: np.arange(4)})
+prefetcher.submit({0: np.arange(4)})
 print("at the end", flush=True)
 """
   done = subprocess.run(
@@ -213,7 +213,7 @@ def test_an_iterator_is_ahead_by_so_many(ahead):
 
     def start(seed):
       started.append(seed)
-      return prefetcher.fetch(ids_of(seed))
+      return prefetcher.submit(ids_of(seed))
 
     seeds = []
     for seed, rows in prefetched(iter(range(4)), start, ahead=ahead):
@@ -227,11 +227,11 @@ def test_an_iterator_is_ahead_by_so_many(ahead):
 def test_an_iterator_raises_where_the_item_would_come():
   bad = {layer: 0 * ids for layer, ids in ids_of(0).items()}
   with Prefetcher(Failing()) as prefetcher:
-    items = prefetched([ids_of(0), bad, ids_of(1)], prefetcher.fetch)
+    items = prefetched([ids_of(0), bad, ids_of(1)], prefetcher.submit)
     check(next(items)[1], ids_of(0))
     with pytest.raises(OSError, match="page 7"):
       next(items)
-    check(prefetcher.fetch(ids_of(2)).result(), ids_of(2))
+    check(prefetcher.submit(ids_of(2)).result(), ids_of(2))
 
 
 def test_what_the_items_raise_comes_after_those_before():
@@ -242,12 +242,12 @@ def test_what_the_items_raise_comes_after_those_before():
 
   with Prefetcher(host(), depth=8) as prefetcher:
     for ahead in (0, 1, 4):
-      found = prefetched(items(), prefetcher.fetch, ahead=ahead)
+      found = prefetched(items(), prefetcher.submit, ahead=ahead)
       for seed in (0, 1):
         check(next(found)[1], ids_of(seed))
       with pytest.raises(OSError, match="the pipe broke"):
         next(found)
-  found = prefetched([ids_of(0)], prefetcher.fetch)
+  found = prefetched([ids_of(0)], prefetcher.submit)
   with pytest.raises(InputError, match="prefetcher: closed"):
     next(found)
 
@@ -261,7 +261,7 @@ def test_refusals_by_name():
     next(prefetched([], lambda item: None, ahead=-1))
   with Prefetcher(host()) as prefetcher:
     with pytest.raises(InputError, match="hashing: None; valid: the model's"):
-      prefetcher.fetch_tokens(np.zeros((1, 1), np.int32))
+      prefetcher.submit_tokens(np.zeros((1, 1), np.int32))
   larger = NgramHash.create(
     vocab_size=50, rows_per_head=(90, 90), heads=2, layers=(1, 3), pad_id=2
   )

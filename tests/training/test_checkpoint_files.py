@@ -20,7 +20,7 @@ def saved(tiny, tmp_path_factory):
   with Checkpoints(folder, keep_last=9, keep_best=0) as checkpoints:
     for step in (1, 2):
       state = dataclasses.replace(tiny.state(), step=jnp.int32(step))
-      checkpoints.save(step, state, constants={"config": {}})
+      checkpoints.save(step, state, run_metadata={"config": {}})
   return folder
 
 
@@ -35,7 +35,7 @@ def leave(*names):
 
 DAMAGES = {
   "empty": leave(),
-  "no manifest": leave("backbone", "constants", "metrics"),
+  "no manifest": leave("backbone", "run_metadata", "metrics"),
   "no backbone": lambda step: shutil.rmtree(step / "backbone"),
   "an empty item": lambda step: [
     shutil.rmtree(step / "memory"),

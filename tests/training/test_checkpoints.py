@@ -15,7 +15,8 @@ from flax import nnx
 from engram_jax.data.pipeline import batches
 from engram_jax.data.prepared import prepare
 from engram_jax.errors import InputError
-from engram_jax.memory.row_sparse import lazy_adam
+from engram_jax.memory.row_sparse import row_sparse
+from engram_jax.memory.row_transformations import scale_by_adam_per_row
 from engram_jax.run_config import DataConfig
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.run_metadata import require_same_run
@@ -37,8 +38,8 @@ def make_state(rows: int = 40) -> TrainState:
   )
   tables = {1: draw(rows, 8), 14: draw(rows, 4).astype(jnp.bfloat16)}
   optimizers = {
-    1: lazy_adam(bias_correction="row"),
-    14: lazy_adam(bias_correction="global"),
+    1: row_sparse(scale_by_adam_per_row()),
+    14: row_sparse(optax.scale_by_adam()),
   }
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -90,9 +91,8 @@ def test_every_leaf_comes_back_bit_for_bit(tmp_path):
   leaves["balance/bias"] = jnp.asarray(odd)
   state = at(7, unflatten(state, leaves))
   assert state.tables[14].dtype == ml_dtypes.bfloat16
-  # Orbax does not save what is empty.
-  assert leaves["table_states/14/touches"].size == 0
-  assert leaves["table_states/1/touches"].size == 40
+  assert leaves["table_states/1/count"].shape == (40,)
+  assert leaves["table_states/14/count"].shape == ()
   expected = host(state)
   save(tmp_path, 7, state=state)
   for template in (state, shapes(state)):
@@ -158,8 +158,8 @@ def test_donated_steps_do_not_reach_a_save_in_progress(tmp_path):
   assert_same(restored, host(state))
 
 
-def test_constants_come_back(tmp_path):
-  constants = {
+def test_run_metadata_comes_back(tmp_path):
+  metadata = {
     "config": {"model": {"layers": (1, 14), "eps": 1e-6, "tie": True}},
     # Beyond what a float holds.
     "hash": {"multipliers": [[2**62 + 1, 3]]},
@@ -167,7 +167,7 @@ def test_constants_come_back(tmp_path):
   }
   with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
     for step in (1, 2):
-      checkpoints.save(step, at(step), constants=constants | {"step": step})
+      checkpoints.save(step, at(step), run_metadata=metadata | {"step": step})
     found = checkpoints.read_run_metadata()
     assert checkpoints.read_run_metadata(1)["step"] == 1
   assert found.pop("step") == 2
@@ -177,7 +177,7 @@ def test_constants_come_back(tmp_path):
     "tie": True,
   }
   assert found["hash"]["multipliers"][0][0] == 2**62 + 1
-  require_same_run(found, constants)
+  require_same_run(found, metadata)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
   # New objects throughout, as in a new process.
   again, iterator = make_tiny(), new_iterator()
-  step = make_train_step(again.program)
+  step = make_train_step(again.setup)
   with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
     state = checkpoints.restore(again.abstract_state(), data_iterator=iterator)
   state, second = run(state, step, iterator, 3)
@@ -348,13 +348,13 @@ def test_damaged_files_never_load_wrong(tmp_path):
           # A damaged document of its own makes it no whole checkpoint.
           assert checkpoints.steps() in ([5], [])
           found = checkpoints.restore(shapes(state))
-          constants = checkpoints.read_run_metadata()
+          metadata = checkpoints.read_run_metadata()
       except InputError as error:
         assert "\n" not in str(error)
         refused[name] += 1
       else:
         assert_same(found, expected)
-        assert constants == METADATA
+        assert metadata == METADATA
     file.write_bytes(whole)
   # The others hold nothing that is read, such as the time of the save.
   assert min(refused.values()) >= 5, refused
@@ -386,11 +386,11 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
     for call in (
       lambda: checkpoints.restore(template),
       lambda: checkpoints.restore_weights(template),
-      checkpoints.read_constants,
+      checkpoints.read_run_metadata,
     ):
       with pytest.raises(InputError, match=r"^directory: no checkpoint in /"):
         call()
-    checkpoints.save(4, at(4), constants={})
+    checkpoints.save(4, at(4), run_metadata={})
     with pytest.raises(
       InputError, match=r"^step: 3; valid: one of the steps 4$"
     ):
@@ -424,8 +424,8 @@ def test_other_arrays_are_refused(tmp_path):
       r"backbone/params/block/w: float32\[5, 3\] in",
     ),
     (
-      changed("table_states/14/touches", (40,), jnp.int32),
-      r"optimizer/table_states/14/touches: int32\[0\] in",
+      changed("table_states/14/count", (40,), jnp.int32),
+      r"optimizer/table_states/14/count: int32\[\] in",
     ),
     (
       dataclasses.replace(template, tables=more),
@@ -450,19 +450,19 @@ def test_bad_arguments_are_refused(tmp_path, prepared):
       Checkpoints(tmp_path, **arguments)
   iterator = iter(batches(prepared, "train", seq_len=12, batch_size=4))
   with Checkpoints(tmp_path, keep_last=2, keep_best=0) as checkpoints:
-    checkpoints.save(2, at(2), constants={})
+    checkpoints.save(2, at(2), run_metadata={})
     for step, options, message in (
       (2, {}, "step: 2; valid: a step after the latest checkpoint, 2"),
       (1, {}, "step: 1; valid: a step after"),
       (3, {"eval_loss": float("nan")}, "eval_loss: nan; valid: a finite"),
     ):
       with pytest.raises(InputError, match=f"^{message}"):
-        checkpoints.save(step, at(step), constants={}, **options)
+        checkpoints.save(step, at(step), run_metadata={}, **options)
     with pytest.raises(InputError, match=r"^step: 4; valid: state.step, 3$"):
-      checkpoints.save(4, at(3), constants={})
+      checkpoints.save(4, at(3), run_metadata={})
     with pytest.raises(InputError, match=r"^data_iterator: not in step 2;"):
       checkpoints.restore(shapes(make_state()), data_iterator=iterator)
   with Checkpoints.open(tmp_path) as checkpoints:
     with pytest.raises(InputError, match=r"^step: 5; valid: a step to be"):
-      checkpoints.save(5, at(5), constants={})
+      checkpoints.save(5, at(5), run_metadata={})
   assert folders(tmp_path) == ["2"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.stores.open_store import open_store
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.evaluation import (
   MEMORY_MODES,
@@ -52,12 +51,11 @@ def losses(steps, weights, batch):
 
 
 def test_it_is_the_loss_of_the_model(tiny, steps, weights, losses, batch):
-  program = tiny.setup
+  memory = tiny.setup.memory
 
   @jax.jit
   def expected(model, tables, batch):
-    canonical = program.compression(batch["inputs"])
-    row_ids = program.hashing.hash(canonical, breaks=batch["breaks"])
+    row_ids = memory.row_ids(batch["inputs"], breaks=batch["breaks"])
     rows = {i: tables[i][ids] for i, ids in row_ids.items()}
     found = {}
     for mode, given in (("on", rows), ("off", None)):
@@ -96,7 +94,7 @@ def test_no_assignment_is_dropped(make_tiny, tiny, weights, losses, batch):
   tight = dataclasses.replace(
     tiny.setup.model.moe, dispatch="bucketed", capacity_factor=0.1
   )
-  bucketed = make_tiny(model={"moe": tight}).program
+  bucketed = make_tiny(model={"moe": tight}).setup
   model = bucketed.merge_model(tiny.state())
   ((total, _),) = batch_losses(bucketed, model, weights[1], [batch])
   np.testing.assert_allclose(total, losses["on"], rtol=1e-6)
@@ -126,12 +124,12 @@ def test_every_target_counts_once(tiny, steps, weights, batch):
 def test_a_store_gives_the_losses_of_the_tables(
   tiny, weights, losses, batch, prefetch
 ):
-  program, (model, tables) = tiny.setup, weights
-  store = open_store("host", tables.tables, program.hashing)
+  setup, (model, tables) = tiny.setup, weights
+  store = setup.memory.open_store("host", tables.tables)
   fewer = batch | {"loss_mask": batch["loss_mask"].at[1:].set(False)}
-  expected = losses_by_memory(program, *weights, lambda: [batch, fewer])
+  expected = losses_by_memory(setup, *weights, lambda: [batch, fewer])
   found = losses_by_memory(
-    program, model, store, lambda: [batch, fewer], prefetch=prefetch
+    setup, model, store, lambda: [batch, fewer], prefetch=prefetch
   )
   assert found == expected
   assert list(found) == list(MEMORY_MODES)
@@ -139,22 +137,22 @@ def test_a_store_gives_the_losses_of_the_tables(
 
 
 def test_a_store_that_does_not_fit_is_refused(tiny, make_tiny, weights):
-  program, (model, store) = tiny.setup, weights
+  setup, (model, store) = tiny.setup, weights
 
   def refused(line):
     return pytest.raises(InputError, match=f"^{line}")
 
-  plain = make_tiny(memory=False).program
+  plain = make_tiny(memory=False).setup
   with refused("store: TableStore; valid: None without a memory"):
     mean_loss(plain, model, store, [])
   for memory in ("on", "shuffled"):
     with refused("store: None; valid: the memory's rows"):
-      mean_loss(program, model, None, [], memory=memory)
+      mean_loss(setup, model, None, [], memory=memory)
   other = TableStore({5: store.tables[0]})
   with refused(r"store.layers: \[5\]; valid: rows of the layers \[0\]"):
-    mean_loss(program, model, other, [])
+    mean_loss(setup, model, other, [])
   with refused("memory: none; valid: one of on, off, shuffled"):
-    mean_loss(program, model, store, [], memory="none")
+    mean_loss(setup, model, store, [], memory="none")
 
 
 def test_without_memory_no_store_is_asked_for(tiny, losses, weights, batch):

@@ -12,10 +12,10 @@ from engram_jax.errors import InputError
 from engram_jax.run_config import DataConfig, ExperimentConfig, MeshConfig
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.init_from import (
-  Origin,
-  find_origin,
-  record_origin,
-  state_from,
+  SourceCheckpoint,
+  find_source,
+  init_state_from,
+  record_source,
   tokenizer_of,
 )
 from engram_jax.training.runs import RunFolder
@@ -23,8 +23,8 @@ from engram_jax.training.state import flatten, unflatten
 
 
 def experiment(tiny, **model) -> ExperimentConfig:
-  """The tiny program's config, with other fields of the model."""
-  # No tokenizer is as small as the program's vocabulary.
+  """The tiny setup's config, with other fields of the model."""
+  # No tokenizer is as small as the setup's vocabulary.
   model = {"vocab_size": 300} | model
   return ExperimentConfig(
     model=dataclasses.replace(tiny.setup.model, **model),
@@ -33,10 +33,10 @@ def experiment(tiny, **model) -> ExperimentConfig:
   )
 
 
-def constants_of(tiny, config, **changes):
+def metadata_of(tiny, config, **changes):
   return {
     "config": to_dict(config),
-    "hash": tiny.setup.hashing.to_dict(),
+    "hash": tiny.setup.memory.hashing.to_dict(),
     "compression_digest": "c60a",
     "compression_size": 30,
     "tokenizer_digest": "70ce",
@@ -59,14 +59,14 @@ def trained(tiny, tmp_path_factory):
         if not name.startswith("params/"):
           leaves[name] = leaves[name] + step
       states[step] = unflatten(tiny.abstract_state(), leaves)
-      constants = constants_of(tiny, config)
-      saved.save(step, states[step], constants=constants)
+      metadata = metadata_of(tiny, config)
+      saved.save(step, states[step], run_metadata=metadata)
   return folder, states
 
 
 def find(workdir, config, folder=None, step=None):
   init_from = folder and folder.path
-  return find_origin(workdir, config, init_from=init_from, init_step=step)
+  return find_source(workdir, config, init_from=init_from, init_step=step)
 
 
 # --- the state ---
@@ -75,11 +75,11 @@ def find(workdir, config, folder=None, step=None):
 @pytest.mark.parametrize("step", [None, 3])
 def test_weights_are_taken_and_nothing_else(step, tiny, trained, tmp_path):
   folder, states = trained
-  origin = find(tmp_path / "new", experiment(tiny), folder, step)
-  assert origin.step == (step or 7)
+  source = find(tmp_path / "new", experiment(tiny), folder, step)
+  assert source.step == (step or 7)
   assert not (tmp_path / "new").exists()
-  state = state_from(origin, tiny.setup)
-  was, found = flatten(states[origin.step]), flatten(state)
+  state = init_state_from(source, tiny.setup)
+  was, found = flatten(states[source.step]), flatten(state)
   fresh = flatten(tiny.abstract_state())
   assert list(found) == list(fresh)
   for name, leaf in found.items():
@@ -126,8 +126,8 @@ def test_the_rest_of_the_run_may_differ(tiny, trained, tmp_path):
     train=dataclasses.replace(config.train, seq_len=96, steps=5, seed=1),
     mesh=MeshConfig(tensor=2),
   )
-  origin = find(tmp_path, config, trained[0])
-  origin.require_same(constants_of(tiny, config, data_digest="other"))
+  source = find(tmp_path, config, trained[0])
+  source.require_same(metadata_of(tiny, config, data_digest="other"))
 
 
 OTHER = {
@@ -165,18 +165,18 @@ def test_what_may_not_differ(field, tiny, trained, tmp_path):
 )
 def test_tokenizer_and_hash_are_the_same(name, tiny, trained, tmp_path):
   config = experiment(tiny)
-  origin = find(tmp_path, config, trained[0])
-  origin.require_same(constants_of(tiny, config))
+  source = find(tmp_path, config, trained[0])
+  source.require_same(metadata_of(tiny, config))
   with pytest.raises(InputError, match=rf'^{name}: "other"; valid: '):
-    origin.require_same(constants_of(tiny, config, **{name: "other"}))
+    source.require_same(metadata_of(tiny, config, **{name: "other"}))
 
 
 def test_arrays_are_checked_by_name(tiny, make_tiny, trained):
   folder, _ = trained
   moe = dataclasses.replace(tiny.setup.model.moe, num_experts=8)
-  wider = make_tiny(model={"moe": moe}).program
+  wider = make_tiny(model={"moe": moe}).setup
   with pytest.raises(InputError, match=r"^backbone/.*moe_blocks/ffn/.* in "):
-    state_from(Origin(folder, 7, {}), wider)
+    init_state_from(SourceCheckpoint(folder, 7, {}), wider)
 
 
 # --- where from ---
@@ -201,7 +201,7 @@ def test_what_is_not_there(tiny, trained, tmp_path):
 def test_started_again_before_its_first_checkpoint(tiny, trained, tmp_path):
   """It starts from there again, told so or not; and from nowhere else."""
   config, new = experiment(tiny), RunFolder.of(tmp_path)
-  record_origin(new, find(tmp_path, config, trained[0], 3))
+  record_source(new, find(tmp_path, config, trained[0], 3))
   # Step 3, though the newest is 7.
   for folder, step in ((None, None), (trained[0], None), (trained[0], 3)):
     assert find(tmp_path, config, folder, step).step == 3
@@ -216,10 +216,10 @@ def test_started_again_before_its_first_checkpoint(tiny, trained, tmp_path):
 def test_the_tokenizer_comes_with_the_weights(tiny, trained, tmp_path):
   new = RunFolder.of(tmp_path)
   assert tokenizer_of(new, None) is None
-  origin = find(tmp_path, experiment(tiny), trained[0])
-  assert tokenizer_of(new, origin) == trained[0].tokenizer
+  source = find(tmp_path, experiment(tiny), trained[0])
+  assert tokenizer_of(new, source) == trained[0].tokenizer
   # Once it has checkpoints of its own, in its own folder.
-  record_origin(new, origin)
+  record_source(new, source)
   assert tokenizer_of(new, None) == new.tokenizer
 
 

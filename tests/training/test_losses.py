@@ -150,7 +150,7 @@ def test_a_chunk_has_tokens():
 
 @pytest.fixture(scope="module")
 def in_chunks(make_tiny):
-  """The shared program, with 48 tokens of a batch by fives."""
+  """The shared setup, with 48 tokens of a batch by fives."""
   return make_tiny(loss_chunk=5).setup
 
 

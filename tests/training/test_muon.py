@@ -20,7 +20,7 @@ from engram_jax.config import (
 from engram_jax.errors import InputError
 from engram_jax.parameters import param
 from engram_jax.run_config import TrainConfig
-from engram_jax.training.muon import muon, orthogonalized
+from engram_jax.training.muon import muon, newton_schulz, orthogonalized
 from engram_jax.training.optimizers import (
   backbone_optimizer,
   decay_mask,
@@ -155,7 +155,8 @@ def matrices_of(name, stack):
   return stack.reshape(-1, rows, math.prod(stack.shape[len(front) :]) // rows)
 
 
-def newton_schulz(x):
+def reference_newton_schulz(x):
+  """Of one matrix, by NumPy."""
   x = x / np.sqrt(np.sum(x**2))
   for _ in range(5):
     square = x @ x.T
@@ -181,7 +182,7 @@ def test_each_matrix_as_numpy_moves_it(name, stacks):
     g = matrices_of(name, gradient[name])
     momentum = MOMENTUM * momentum + g
     nesterov = g + MOMENTUM * momentum
-    moved = np.stack([newton_schulz(x) for x in nesterov])
+    moved = np.stack([reference_newton_schulz(x) for x in nesterov])
     update = -scale * moved - DECAY * weights
     weights = weights + update
     np.testing.assert_allclose(

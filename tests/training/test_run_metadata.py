@@ -29,14 +29,14 @@ def config_of(**train):
   }
 
 
-def constants_of(**changes):
-  constants = {
+def metadata_of(**changes):
+  metadata = {
     "config": config_of(),
     "hash": {"multipliers": [[3, 5], [7, 9]]},
     "compression": {"digest": "c60a", "size": 12},
     "versions": {"jax": "0.10.2"},
   }
-  return constants | changes
+  return metadata | changes
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def constants_of(**changes):
 )
 def test_another_run_is_refused_by_its_first_field(changes, message):
   with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-    require_same_run(constants_of(), constants_of(**changes))
+    require_same_run(metadata_of(), metadata_of(**changes))
 
 
 def test_a_field_that_this_run_does_not_know_is_refused():
-  found = constants_of(extra=1)
+  found = metadata_of(extra=1)
   with pytest.raises(InputError, match=r"^extra: 1 in .*; valid: missing$"):
-    require_same_run(found, constants_of())
+    require_same_run(found, metadata_of())
 
 
 def test_fields_that_alter_no_step_may_differ():
@@ -103,7 +103,7 @@ def test_fields_that_alter_no_step_may_differ():
   )
   free["data"]["data_dir"] = "/elsewhere"
   require_same_run(
-    constants_of(), constants_of(config=free, versions={"jax": "0.12"})
+    metadata_of(), metadata_of(config=free, versions={"jax": "0.12"})
   )
   # Each of them is the name of a field.
   for path in FREE_ON_RESUME:
@@ -112,7 +112,7 @@ def test_fields_that_alter_no_step_may_differ():
       hints = typing.get_type_hints(cls)
       assert name in hints, path
       cls = hints[name]
-  long = constants_of(hash={"primes": list(range(1000))})
+  long = metadata_of(hash={"primes": list(range(1000))})
   with pytest.raises(InputError, match=r"^hash.primes: \[0, 1,") as caught:
-    require_same_run(long, constants_of(hash={"primes": [1]}))
+    require_same_run(long, metadata_of(hash={"primes": [1]}))
   assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
