@@ -60,7 +60,10 @@ FLAGS = {
   "prompt": (64, "Tokens read at once at the start."),
   "before": (192, "Tokens read one by one, not timed."),
   "tokens": (128, "Tokens read one by one, timed."),
-  "caches_mib": ([0.0, 4.0, 16.0, 64.0, 256.0], "Of the row cache; 0 for none."),
+  "caches_mib": (
+    [0.0, 4.0, 16.0, 64.0, 256.0],
+    "Of the row cache; 0 for none.",
+  ),
 }
 
 
