@@ -38,7 +38,7 @@ TABLE = P(AXES)
 TOKENS = P(BATCH)
 #: On every device.
 WHOLE = P()
-#: An array [B, L, ...] of the retrieval: the devices of a tensor group, which
+#: An array [B, L, ...] of the lookup: the devices of a tensor group, which
 #: hold the same tokens, ask for different rows.
 TOKENS_BY_DEVICE = P(BATCH, TENSOR)
 

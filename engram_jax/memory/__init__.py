@@ -1,4 +1,4 @@
-"""Stage 1, retrieval: token ids to rows, wherever these live.
+"""Stage 1: token ids to rows.
 
 It knows nothing of hidden states.
 """

@@ -45,7 +45,13 @@ def is_prime(number: int) -> bool:
 
 
 def take_primes(least: int, count: int, used: set[int]) -> list[int]:
-  """The next `count` primes >= least not in `used`, which they then join."""
+  """The next `count` primes >= least not in `used`, which they then join.
+
+  Args:
+    least: smallest prime that may be taken.
+    count: number of primes.
+    used: primes that are taken already; it grows.
+  """
   taken: list[int] = []
   candidate = least
   while len(taken) < count:

@@ -416,7 +416,7 @@ class Memory:
   def open_store(
     self, home: str, tables: Tables | None = None, **options: Any
   ) -> RowStore:
-    """A store of this memory's rows, in the home that a word names.
+    """A store of this memory's rows, of the kind that a word names.
 
     Args:
       home: `device`, `pinned`, `host` or `file:PATH`.

@@ -1,4 +1,4 @@
-"""A model's rows in the home that a word names, from its tables or a file.
+"""The store of a model's rows that a word names, from its tables or a file.
 
 device     packed, in the device's memory
 pinned     packed, in pinned host memory
@@ -34,7 +34,7 @@ def reads_a_file(home: str) -> bool:
   """Whether the rows are a file's, and no table is needed.
 
   Raises:
-    InputError: a word that names no home.
+    InputError: a word that names no store.
   """
   valid = f"{', '.join(_KINDS)} or {_FILE}PATH"
   is_file = home.startswith(_FILE)
@@ -57,7 +57,7 @@ def open_store(
   """A store of the model's rows.
 
   Args:
-    home: see the file's docstring.
+    home: where the rows live; see the file's docstring.
     tables: [R, d] per Engram layer, to be packed; None for a file.
     hashing: the model's.
     row_format: format of the packed rows, one of `FORMATS`; None for float32,
@@ -71,7 +71,7 @@ def open_store(
     cache_bytes: bytes of rows kept on the device before it; 0 for none.
 
   Raises:
-    InputError: an unknown home or format; a file of another model, run or
+    InputError: an unknown store or format; a file of another model, run or
       step, of another format than the one asked for, or damaged; nothing to
       verify; tables that are missing or not finite; a cache of less than a
       row.

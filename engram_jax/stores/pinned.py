@@ -65,11 +65,11 @@ def pin(
   *,
   rows_at_a_time: int = 2**16,
 ) -> UInt8[Array, "_R n"]:
-  """The table in its home.
+  """The table in pinned host memory.
 
   Args:
     table: packed rows.
-    home: from `pinned_format`.
+    home: its format there, from `pinned_format`.
     rows_at_a_time: rows that cross the device at a time, where they have to.
   """
   if home.layout is None:

@@ -1,6 +1,6 @@
 """Row stores: where packed rows live, behind one way of reading them.
 
-                 home                     reads by
+                 rows live in             reads by
   TableStore     the device's memory      a gather in the program
   DeviceStore    the device's memory      a gather in the program
   PinnedStore    pinned host memory       a gather on the host, in the program

@@ -6,14 +6,14 @@ A model with a memory of --gib in a row file on disk (made first if it is not
 there: as long as the disk takes to write it), reading text: prompts from
 different places of a corpus, each continued with its own next tokens, so that
 the n-grams are those of real text and the same in every case. Per size of the
-cache of hot rows on the device, and always with prefetch:
+row cache on the device, and always with prefetch:
 
   cold    nothing of the file in the page cache at the start
-  warm    the same tokens again, from a cache of hot rows that starts empty, of
+  warm    the same tokens again, from a row cache that starts empty, of
           a file whose pages for these tokens are in the page cache
 
 Before the tokens that are timed the model reads --before others, which fill
-the cache of hot rows. The scale is the same model with small tables on the
+the row cache. The scale is the same model with small tables on the
 device: what a step costs without any fetch; the median of as many runs, each
 beside one of the others.
 """
@@ -60,7 +60,10 @@ FLAGS = {
   "prompt": (64, "Tokens read at once at the start."),
   "before": (192, "Tokens read one by one, not timed."),
   "tokens": (128, "Tokens read one by one, timed."),
-  "caches_mib": ([0.0, 4.0, 16.0, 64.0, 256.0], "Of hot rows; 0 for none."),
+  "caches_mib": (
+    [0.0, 4.0, 16.0, 64.0, 256.0],
+    "Of the row cache; 0 for none.",
+  ),
 }
 
 
@@ -259,7 +262,7 @@ def picture(result: harness.Figures, path: pathlib.Path) -> None:
     },
     path,
     title=f"Rows in a file of {result['file_gib']:.1f} GiB",
-    xlabel="cache of hot rows on the device (MiB)",
+    xlabel="row cache on the device (MiB)",
     ylabel="throughput (% of resident)",
     log_x=True,
   )

@@ -262,10 +262,10 @@ def compare(
   delays_ms: Sequence[float],
   packed: bool = False,
 ) -> harness.Figures:
-  """All homes in turns, and the curve over a store's latency.
+  """All stores in turns, and the curve over a store's latency.
 
   Returns:
-    `cases` by name, from `in_turns`; `left_out`, homes that the platform does
+    `cases` by name, from `in_turns`; `left_out`, stores that the platform does
     not have, and why; `latency`, a point per delay: the ratio of each phase
     `without` and `with` prefetch; `targets`.
   """

@@ -9,7 +9,7 @@ each, on one chip of the topology:
 
   hash, gather of packed rows, unpack, model
 
-The packed tables are its arguments, in one of two homes: the chip's memory, or
+The packed tables are its arguments, in one of two places: the chip's memory, or
 pinned host memory, where the host's processor gathers the rows in the midst of
 the program. Nothing runs and nothing is allocated; libtpu (`pip install
 libtpu`) compiles on any Linux machine. The figures are the compiler's: what the
@@ -206,7 +206,7 @@ def holds_tables(record: Mapping[str, Any], tables: int) -> bool:
 def measure(
   *, presets: Sequence[str], topologies: Sequence[str], chunk: int, **sizes: Any
 ) -> harness.Figures:
-  """Both homes, a chunk and a token, on one chip; arguments as the flags."""
+  """Both stores, a chunk and a token, on one chip; arguments as the flags."""
   if not jax.config.jax_platforms:
     # The device compiled for is not one that runs here.
     jax.config.update("jax_platforms", "cpu")
