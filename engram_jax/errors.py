@@ -53,7 +53,14 @@ def first_line(error: BaseException) -> str:
 
 
 def require(condition: Any, field: str, value: Any, valid: str) -> None:
-  """Raises `InputError(field, value, valid)` unless `condition` holds."""
+  """Raises `InputError(field, value, valid)` unless `condition` holds.
+
+  Args:
+    condition: whether the value is as it should be.
+    field: name of the field or argument, as the user knows it.
+    value: the value found.
+    valid: what would be valid, in words.
+  """
   if not condition:
     raise InputError(field, value, valid)
 
@@ -90,6 +97,10 @@ def require_seed(field: str, value: Any) -> int:
 
   `jax.random.key` keeps 32 bits: 2**32 would draw what 0 draws, and -1 what
   2**32 - 1 does.
+
+  Args:
+    field: name of the field, for the error line.
+    value: the seed to check.
 
   Raises:
     InputError: not an integer, or outside 0 <= seed < 2**32.

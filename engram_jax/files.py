@@ -74,13 +74,22 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a text file, in UTF-8; see `whole_file`."""
+  """Writes a text file, in UTF-8; see `whole_file`.
+
+  Args:
+    path: the file, which is replaced if it exists.
+    text: its whole content.
+  """
   with whole_file(path) as file:
     file.write(text.encode())
 
 
 def open_to_read(path: pathlib.Path, field: str) -> BinaryIO:
   """An existing file's bytes.
+
+  Args:
+    path: the file.
+    field: name of the field or flag that gave the path, for the error line.
 
   Raises:
     InputError: no file of that name, or one that cannot be read; `field` is

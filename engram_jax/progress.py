@@ -27,7 +27,7 @@ def reporting(
 
   Args:
     what: is done, for a person.
-    total: of the work; None if unknown.
+    total: amount of work in all; None if unknown.
     unit: what is counted; `B` for bytes, which are shown as megabytes.
     enabled: False to say nothing.
     seconds: between two lines.

@@ -129,7 +129,12 @@ def use(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager:
 
 
 def size(mesh: Mesh | AbstractMesh | None, *axes: str) -> int:
-  """Number of devices along `axes`, all if none is named; 1 without a mesh."""
+  """Number of devices along `axes`, all if none is named; 1 without a mesh.
+
+  Args:
+    mesh: mesh of the devices; None for one device.
+    *axes: names of mesh axes.
+  """
   if mesh is None:
     return 1
   return math.prod(mesh.shape[axis] for axis in axes or AXES)
@@ -143,7 +148,12 @@ def is_explicit(mesh: Mesh | AbstractMesh | None) -> bool:
 
 
 def constrain(x: Array, spec: P) -> Array:
-  """`x` laid out as `spec` on the current mesh; `x` itself without one."""
+  """`x` laid out as `spec` on the current mesh; `x` itself without one.
+
+  Args:
+    x: array of any shape.
+    spec: mesh axes of each axis of `x`.
+  """
   mesh = current_mesh()
   if mesh is None:
     return x
@@ -156,6 +166,10 @@ def require_fit(
   config: ExperimentConfig, mesh: Mesh | AbstractMesh | None
 ) -> None:
   """Refuses a run whose sizes the mesh does not divide.
+
+  Args:
+    config: config of the run.
+    mesh: mesh of the devices; None fits every run.
 
   Raises:
     InputError: the first field that does not fit.
@@ -232,7 +246,12 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def padded_rows(num_rows: int, devices: int) -> int:
-  """Rows of a table that `devices` share equally: the last ones stay unused."""
+  """Rows of a table that `devices` share equally: the last ones stay unused.
+
+  Args:
+    num_rows: number of rows in use.
+    devices: number of devices.
+  """
   return -(-num_rows // devices) * devices
 
 
@@ -284,6 +303,10 @@ def table_spec(leaf: Any, rows: int) -> P:
   """How a table of `rows` rows, or an array of its optimizer's state, is split.
 
   An array of such a state has one entry a row, or stands for the whole table.
+
+  Args:
+    leaf: a table or an array of its optimizer's state, or its abstract shape.
+    rows: number of the table's rows, padding included.
   """
   return TABLE if leaf.ndim and leaf.shape[0] == rows else P()
 
@@ -296,8 +319,9 @@ def parameter_spec(
   Args:
     axes: names of its last axes, in `LOGICAL_AXES`; those before them, of a
       stack of blocks, are not split.
-    shape: of the array, which may be what an optimizer keeps of the whole.
-    mesh: that the sizes are to be divided by.
+    shape: shape of the array, which may be what an optimizer keeps of the
+      whole.
+    mesh: the mesh whose axes the sizes are to be divided by.
 
   Raises:
     InputError: an unknown name.
@@ -324,7 +348,13 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def fitting(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-  """`spec` without the axes that do not divide the sizes of `shape`."""
+  """`spec` without the axes that do not divide the sizes of `shape`.
+
+  Args:
+    spec: mesh axes of each axis of an array.
+    shape: shape of that array.
+    mesh: the mesh whose axes `spec` names.
+  """
 
   def fit(entry, length):
     axes = mesh_axes(entry)

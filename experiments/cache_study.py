@@ -66,7 +66,7 @@ class Text:
   """A corpus in canonical ids, and its accesses to the tables.
 
   Attributes:
-    name: of the corpus.
+    name: name of the corpus.
     about: its size and digest.
     ngrams: int64 [n, N - 1], from `ngram_ids`.
     rows: per layer int32 [n, K].
@@ -396,11 +396,11 @@ def main(argv) -> None:
   path = require_place(_OUT.value)
   names = chosen(_CORPORA.value, _FOLDER.value)
   config = experiment_of("v41_memory")
-  memory = config.model.engram
   tokenizer = load_tokenizer(_TOKENIZER.value)
   most = f"{_TOKENS.value:,} tokens of each"
   progress.say(f"corpora {', '.join(names)}, at most {most}")
-  hashing, compression = make_memory(config, tokenizer)
+  memory = make_memory(config, tokenizer)
+  hashing, compression = memory.hashing, memory.compression
   texts = []
   for name in names:
     source = read_corpus(name, _FOLDER.value, _GLOB.value)
@@ -408,8 +408,8 @@ def main(argv) -> None:
     documents = [compression(ids) for ids in documents]
     with progress.waiting(f"hashing {name}", announce=False):
       texts.append(Text(name, documents, size, hashing, _DOCUMENTS.value))
-  row = RowFormat("fp8", memory.head_dim).bytes_per_row
-  entry = row * memory.heads * len(memory.layers)
+  row = RowFormat("fp8", memory.config.head_dim).bytes_per_row
+  entry = row * hashing.heads * len(hashing.layers)
   sizes = sizes_for(texts, hashing.layers[0], hashing.heads)
   result = {
     "hash": {

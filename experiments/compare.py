@@ -46,8 +46,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 def without_memory(config: ExperimentConfig) -> ExperimentConfig:
   """The same run of the model whose memory has become experts."""
   require(config.model.engram, "model.engram", None, "a memory to compare")
-  hashing, _ = make_memory(config, prepare(config.data).tokenizer)
-  model = swap_memory_for_experts(config.model, hashing, equal_activated=True)
+  memory = make_memory(config, prepare(config.data).tokenizer)
+  model = swap_memory_for_experts(
+    config.model, memory.hashing, equal_activated=True
+  )
   return changed(config, {"model": to_dict(model)})
 
 

@@ -43,7 +43,6 @@ from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.run_config import ExperimentConfig, MeshConfig
-from engram_jax.training.runs import abstract_state
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
@@ -164,9 +163,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 # --- the step ---
 
 
-def make_program(config: ExperimentConfig, mesh: Mesh | None) -> TrainSetup:
+def make_setup(config: ExperimentConfig, mesh: Mesh | None) -> TrainSetup:
   """The training program; its hash is over raw token ids, without tokenizer."""
-  return models.make_program(
+  return models.make_setup(
     config.model, config.train, mesh=mesh, mesh_config=config.mesh
   )
 
@@ -193,8 +192,8 @@ def compile_step(
 
   Args:
     config: the run.
-    mesh: of the devices to compile for.
-    generation: of `HBM_GIB`, or `cpu`.
+    mesh: mesh of the devices to compile for.
+    generation: TPU generation, a key of `HBM_GIB`, or `cpu`.
 
   Returns:
     The figures, ready for JSON. `fits` is the compiler's own word, with
@@ -202,9 +201,9 @@ def compile_step(
     arguments and its `largest_temporaries`.
   """
   platform = "cpu" if generation == "cpu" else "tpu"
-  program = make_program(config, mesh)
-  state, batch = abstract_state(program), abstract_batch(config, mesh)
-  capacity = program.capacity(batch).rows
+  setup = make_setup(config, mesh)
+  state, batch = setup.abstract_state(), abstract_batch(config, mesh)
+  capacity = setup.lookup_capacity(batch).rows
   leaves = {
     name: bytes_per_device(leaf)
     for name, leaf in flatten(state).items()
@@ -214,7 +213,9 @@ def compile_step(
   for name, size in leaves.items():
     part = name.split("/")[0]
     parts[part] = parts.get(part, 0) + size
-  parameters = count_parameters_by_part(config.model, program.hashing)
+  parameters = count_parameters_by_part(
+    config.model, setup.memory and setup.memory.hashing
+  )
   sequences = config.train.batch_size / mesh.size
   result = {
     "sequences": sequences,
@@ -234,7 +235,7 @@ def compile_step(
   progress.say(
     f"{parameters['total']:,} parameters, {held} of state on each device"
   )
-  step = make_train_step(program, capacity=capacity)
+  step = make_train_step(setup, capacity=capacity)
   lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
   start = time.perf_counter()
   try:

@@ -16,7 +16,7 @@ def argument_text(name: str, value: str) -> str:
   """A flag's value as text, whatever the locale that it was decoded with.
 
   Args:
-    name: of the flag, to blame.
+    name: name of the flag, for the error line.
     value: as Python gives it: a byte that the locale has no character for is
       half a surrogate pair.
 

@@ -45,14 +45,13 @@ from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.memory import Memory
 from engram_jax.presets import preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
-from engram_jax.stores.open_store import open_store, pack_tables
+from engram_jax.stores.open_store import pack_tables
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.stores.row_file_headers import Header
 from engram_jax.stores.row_files import write_row_file
 from engram_jax.training.evaluation import losses_by_memory
-from engram_jax.training.runs import new_state
 from engram_jax.training.setup import TrainSetup
-from engram_jax.training.state import abstract_model, flatten
+from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
 from experiments import results
 
@@ -86,7 +85,7 @@ class Subject:
 
   Args:
     model: sizes of the model.
-    train: of the run.
+    train: training config of the run.
     mesh: how the run is spread over all devices; None for one device.
   """
 
@@ -95,30 +94,18 @@ class Subject:
   ):
     # Two neighbouring tokens are one to the hash, so that the map matters.
     canonical = np.arange(model.vocab_size) // 2
-    self.compression = TokenCompression.from_canonical_ids(canonical)
-    memory = model.engram
-    self.hashing = NgramHash.create(
-      vocab_size=self.compression.size,
-      rows_per_head=memory.rows_per_head,
-      heads=memory.heads,
-      layers=memory.layers,
-      pad_id=int(canonical[memory.pad_id]),
-      seed=memory.seed,
-    )
-    self.memory = Memory(memory, self.compression, self.hashing)
-    graph, _, _ = abstract_model(model)
+    compression = TokenCompression.from_canonical_ids(canonical)
+    self.memory = Memory.from_compression(model.engram, compression)
     self.setup = TrainSetup.create(
       model,
       train,
-      graph,
-      hashing=self.hashing,
-      compression=self.compression,
+      self.memory,
       mesh=None if mesh is None else sharding.make_mesh(mesh),
       mesh_config=mesh or DEFAULT_MESH,
     )
 
   def new_state(self) -> State:
-    return new_state(self.setup)
+    return self.setup.init_state()
 
   def take_steps(
     self, state: State, batches: list[Mapping[str, Any]]
@@ -126,7 +113,7 @@ class Subject:
     """The state after a step on each batch, and the steps' metrics."""
     mesh, taken = self.setup.mesh, []
     batches = [sharding.place_batch(batch, mesh) for batch in batches]
-    capacity = self.setup.capacity(batches[0]).rows
+    capacity = self.setup.lookup_capacity(batches[0]).rows
     step = make_train_step(self.setup, capacity=capacity)
     for batch in batches:
       state, metrics = step(state, batch)
@@ -145,24 +132,21 @@ class Subject:
     self, state: State, folder: pathlib.Path
   ) -> Iterator[dict[str, Store]]:
     """Every kind of store of the state's rows; the tables are one."""
-    tables, digest = state.tables, self.compression.digest
+    tables, memory = state.tables, self.memory
 
     def written(name):
-      packed, row_format = pack_tables(tables, self.hashing, name)
+      packed, row_format = pack_tables(tables, memory.hashing, name)
       path = folder / f"{name}.rows"
-      header = Header(row_format, self.hashing.num_rows, self.hashing, digest)
+      header = Header(
+        row_format, memory.num_rows, memory.hashing, memory.compression.digest
+      )
       write_row_file(path, {i: [x] for i, x in packed.items()}, header)
       return f"file:{path}"
 
     def opened(home, name, cache_bytes=0):
       given = None if home.startswith("file:") else tables
-      return open_store(
-        home,
-        given,
-        self.hashing,
-        row_format=name,
-        compression_digest=digest,
-        cache_bytes=cache_bytes,
+      return memory.open_store(
+        home, given, row_format=name, cache_bytes=cache_bytes
       )
 
     cache = 2**16

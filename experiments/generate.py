@@ -17,7 +17,6 @@ from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_seed
-from engram_jax.memory.memory import Memory
 from experiments import cli, console, progress, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -45,12 +44,9 @@ def main(argv) -> None:
   jax.devices()  # what JAX_PLATFORMS names is refused before files are blamed
   trained, store = stores.load(_WORKDIR.value, step=_STEP.value, **_STORE())
   tokenizer = trained.tokenizer
-  memory = None
+  memory = trained.memory
   if _MEMORY.value == "off":
-    store = None
-  elif trained.hashing is not None:
-    engram = trained.config.model.engram
-    memory = Memory(engram, trained.compression, trained.hashing)
+    memory = store = None
   steps = generate(
     trained.model,
     memory,

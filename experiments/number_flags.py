@@ -33,8 +33,8 @@ def define(
   """Defines a flag whose value is a list of `kind`; else absl refuses it.
 
   Args:
-    name: of the flag.
-    default: of it.
+    name: name of the flag.
+    default: its default.
     help: a line.
     kind: int or float, as Python reads them ("1_000", "1e-3").
   """

@@ -67,7 +67,7 @@ def pack_memory(
 
   Args:
     trained: with a memory.
-    path: of the file; whole or not at all.
+    path: path of the file; written whole or not at all.
     name: the format's.
 
   Returns:
@@ -78,17 +78,19 @@ def pack_memory(
       the format does not take, or a folder that cannot be written to.
   """
   require(trained.tables, "workdir", "no memory", "a run of a model with one")
-  hashing = trained.hashing
-  width = next(iter(trained.tables.values())).shape[1]
-  row_format = RowFormat(name, width)
-  digest = trained.compression.digest
+  memory = trained.memory
+  row_format = RowFormat(name, memory.config.head_dim)
   header = Header(
-    row_format, hashing.num_rows, hashing, digest, trained.identity
+    row_format,
+    memory.num_rows,
+    memory.hashing,
+    memory.compression.digest,
+    trained.identity,
   )
-  sums = {layer: np.zeros(2) for layer in hashing.layers}
+  sums = {layer: np.zeros(2) for layer in memory.layers}
 
   def chunks(layer: int) -> Iterator[np.ndarray]:
-    rows = hashing.num_rows[layer]  # the rest is padding
+    rows = memory.num_rows[layer]  # the rest is padding
     for start in range(0, rows, CHUNK):
       end = min(start + CHUNK, rows)
       packed, squares = _pack(trained.tables[layer][start:end], row_format)
@@ -100,7 +102,7 @@ def pack_memory(
       yield np.asarray(packed)
       shown.update(end - start)
 
-  total, size = sum(hashing.num_rows.values()), progress.size(header.file_bytes)
+  total, size = sum(memory.num_rows.values()), progress.size(header.file_bytes)
   progress.say(f"packing {total:,} rows as {name}, {size}, into {path}")
   with progress.counting("packing", total=total, unit="rows") as shown:
     write_row_file(path, {layer: chunks(layer) for layer in sums}, header)

@@ -31,7 +31,6 @@ from engram_jax.data.pipeline import windows
 from engram_jax.data.tokenizers import END_ID, require_text
 from engram_jax.decoding.generate import generate_all
 from engram_jax.files import write_whole
-from engram_jax.memory.memory import Memory
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
 from engram_jax.training.evaluation import losses_by_memory
@@ -58,7 +57,7 @@ SNIPPET, SAMPLE = 240, 120
 
 def summarize(config, result: RunResult) -> dict:
   """Losses with and without memory, parameters, speed."""
-  model = result.setup.merge_model(result.state)
+  model, memory = result.setup.merge_model(result.state), result.setup.memory
   held_out = list(evaluation_batches(config, result.data))
   tables = result.state.tables
   store = TableStore(tables) if tables else None
@@ -66,7 +65,9 @@ def summarize(config, result: RunResult) -> dict:
   return {
     "step": int(result.state.step),
     "validation_loss": losses,
-    "parameters": count_parameters_by_part(config.model, result.setup.hashing),
+    "parameters": count_parameters_by_part(
+      config.model, memory and memory.hashing
+    ),
     **speed(result),
   }
 
@@ -104,7 +105,7 @@ def draw_loss(result: RunResult) -> None:
 
 def draw_gates(result: RunResult) -> None:
   """The gates over a snippet of held-out text, if there is a memory."""
-  if result.setup.hashing is None:
+  if result.setup.memory is None:
     return
   seq_len = min(
     SNIPPET,
@@ -114,9 +115,8 @@ def draw_gates(result: RunResult) -> None:
   tokens = windows(result.data, "validation", seq_len=seq_len).read(0, seq_len)
   gates = gate_map(
     result.setup.merge_model(result.state),
+    result.setup.memory,
     result.state.tables,
-    result.setup.hashing,
-    result.setup.compression,
     tokens,
   )
   texts = token_texts(result.data.tokenizer, tokens)
@@ -125,16 +125,11 @@ def draw_gates(result: RunResult) -> None:
 
 def sample(result: RunResult, prompt: str) -> str:
   """A continuation of `prompt`, prompt included."""
-  tokenizer, program = result.data.tokenizer, result.setup
-  memory = store = None
-  if program.hashing is not None:
-    engram = program.model.engram
-    memory = Memory(engram, program.compression, program.hashing)
-    store = TableStore(result.state.tables)
+  tokenizer, tables = result.data.tokenizer, result.state.tables
   (tokens,) = generate_all(
-    program.merge_model(result.state),
-    memory,
-    store,
+    result.setup.merge_model(result.state),
+    result.setup.memory,
+    TableStore(tables) if tables else None,
     [tokenizer.encode(prompt).ids],
     max_new_tokens=SAMPLE,
     key=jax.random.key(0),

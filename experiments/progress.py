@@ -29,7 +29,7 @@ class Progress:
   """What is done of something; see `counting`.
 
   Attributes:
-    done: of `total`, so far.
+    done: work done so far, of `total`.
   """
 
   def __init__(

@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from engram_jax.errors import require
-from engram_jax.stores.open_store import open_store, reads_a_file
+from engram_jax.stores.open_store import reads_a_file
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.stores.quantization import FORMATS
 from engram_jax.stores.store import RowStore
@@ -63,12 +63,12 @@ def load(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
-    home: see `homes.py`. With a file the checkpoint's tables are not read.
+    step: step of the checkpoint; None for the newest.
+    home: see `open_store`. With a file the checkpoint's tables are not read.
     row_format: see `open_store`.
     verify: see `open_store`.
     allow_other_step: see `open_store`.
-    cache_mib: of rows kept on the device before the store.
+    cache_mib: MiB of rows kept on the device before the store.
 
   Returns:
     The model, and the store: where nothing is asked for but the device, its
@@ -86,14 +86,12 @@ def load(
   if tables_do and not verify and not allow_other_step:
     return trained, TableStore(trained.tables) if trained.tables else None
   valid = "device, without row_format and cache_mib: the model has no memory"
-  require(trained.hashing is not None, "store", home, valid)
+  require(trained.memory is not None, "store", home, valid)
   with progress.waiting(f"opening {home}", announce=False):
-    store = open_store(
+    store = trained.memory.open_store(
       home,
       trained.tables or None,
-      trained.hashing,
       row_format=row_format,
-      compression_digest=trained.compression.digest,
       made_from=trained.identity,
       allow_other_step=allow_other_step,
       verify=verify,

@@ -49,8 +49,8 @@ def train_once(
   """Trains (or finishes) one run and evaluates it on held-out text.
 
   Args:
-    config: of the run.
-    workdir: of the run.
+    config: config of the run.
+    workdir: folder of the run.
     eval_batches: batches of the final evaluation, at most all there are.
 
   Returns:
@@ -60,7 +60,7 @@ def train_once(
   if not result.finished:
     step = int(result.state.step)
     raise StoppedError(f"stopped at step {step}; run again to continue")
-  model = result.setup.merge_model(result.state)
+  model, memory = result.setup.merge_model(result.state), result.setup.memory
   held_out = list(
     held_out_batches(
       result.data,
@@ -82,7 +82,9 @@ def train_once(
     "seed": config.train.seed,
     "loss": losses,
     "curve": [[record["step"], record["loss"]] for record in curve],
-    "parameters": count_parameters_by_part(config.model, result.setup.hashing),
+    "parameters": count_parameters_by_part(
+      config.model, memory and memory.hashing
+    ),
     "tokens_per_second": float(np.median(speeds)),
   }
 
@@ -99,10 +101,10 @@ def train_seeds(
   """`train_once` for each seed, telling how it goes.
 
   Args:
-    name: of the runs, in the names of their folders.
-    config: of the runs, but for the seed.
+    name: name of the runs, part of the names of their folders.
+    config: config of the runs, but for the seed.
     workdir: folder of their folders.
-    seeds: of the runs.
+    seeds: seeds of the runs.
     eval_batches: see `train_once`.
     shown: counts the runs; see `runs_of`.
   """
@@ -129,7 +131,7 @@ def runs_of(
   """Says what all the runs of a program come to, and counts them.
 
   Args:
-    config: of one of them; the others are as long.
+    config: config of one of them; the others are as long.
     count: number of runs.
   """
   train = config.train

@@ -16,35 +16,6 @@ import engram_jax
 ROOT = Path(__file__).parents[1]
 DOCS = "needs the docs extra: pip install -e '.[docs]'"
 
-#: Functions that have no `Args:` yet, by name within their module. A new
-#: function does not belong here, and one that has its `Args:` leaves.
-ARGUMENTS_TO_DOCUMENT = frozenset(
-  """
-  Buffers.take CachedStore.read Decoder.init_state Engram.fuse HostReads.read
-  LatentAttention.init_cache NgramHash.hash NgramHash.head_ids
-  NgramHash.row_ids_numpy PackedWindows.read Prefetcher.fetch_tokens
-  Program.create SlowStore.read StoreDecoder.init_state StoreDecoder.start
-  TableDecoder.init_state TableDecoder.start Transformer.begin
-  Transformer.init_cache apply_experts balance_loss batch_row_ids begin
-  bucket_capacity causal_mask check_chunk check_sampling check_state collect
-  constants constrain conv_reach decode_step dense_adam dense_gradient
-  dispatch_bucketed dispatch_by dispatch_dropless draw_multipliers embed
-  evaluation_batches expert_load fitting generate_all ids_per_device
-  init_conv_state latent_attention_absorbed latent_attention_full look_up
-  make_memory make_packed_eval_step make_train_step mean_capacity
-  move_rows mulhi normal_param one_per_column open_folder open_to_read
-  padded_rows parameter_spec plain_attention read_index read_pieces read_rows
-  record_origin remainder require require_fit require_layers
-  require_rows require_rows_of require_tables require_width rewind sample_each
-  save_tokenizer save_tokenizer_of_run size split_of spread swiglu table_spec
-  unflatten unpack write_cache write_dataset write_rows write_whole
-  """.split()
-)
-#: The same for functions without any docstring.
-TO_DOCUMENT = frozenset(
-  "FileStore.copy_rows HostStore.copy_rows Engram.setup".split()
-)
-
 
 def modules() -> list[str]:
   """The package's modules, found without importing them."""
@@ -151,7 +122,7 @@ def test_every_public_name_has_a_docstring():
   objects = list(public_objects())
   found = [item.path for item in objects if not item.docstring]
   assert len(objects) > len(modules())
-  assert [path for path in found if local(path) not in TO_DOCUMENT] == []
+  assert found == []
 
 
 def test_functions_document_their_arguments():
@@ -169,13 +140,7 @@ def test_functions_document_their_arguments():
     }
     if len(names) > 1 and names - documented:
       found.append((item.path, sorted(names - documented)))
-  assert [f for f in found if local(f[0]) not in ARGUMENTS_TO_DOCUMENT] == []
-
-
-def local(path: str) -> str:
-  """`function` or `Class.method` of a full dotted path."""
-  *_, parent, name = path.split(".")
-  return f"{parent}.{name}" if parent[0].isupper() else name
+  assert found == []
 
 
 def written_pages() -> list[Path]:

@@ -103,17 +103,19 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
   assert expected == {name for name in names if name.startswith("engram_jax/")}
 
 
-def test_readme_example_runs_from_the_wheel(clean_python, tmp_path):
+def test_readme_examples_run_from_the_wheel(clean_python, tmp_path):
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
-  assert blocks, "README.md has no ```python block"
+  assert len(blocks) == 2, "README.md has an example for nnx and one for linen"
   example = tmp_path / "example.py"
   example.write_text(
-    blocks[0] + "\nimport engram_jax\nprint('FROM', engram_jax.__file__)\n",
+    "\n".join([*blocks, "print('FROM', engram_jax.__file__)"]),
     encoding="utf-8",
   )
   # -I: neither the checkout nor PYTHONPATH is on the path.
   output = run(clean_python, "-I", example, cwd=tmp_path)
+  (loss,) = re.findall(r"^loss (.*)$", output, re.M)
+  assert float(loss) < 1.0, "the example's model has not learnt its batch"
   imported = Path(output.rpartition("FROM ")[2].strip())
   environment = clean_python.parent.parent
   assert imported.resolve().is_relative_to(environment.resolve())

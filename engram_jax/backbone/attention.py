@@ -77,7 +77,15 @@ def plain_attention(
   *,
   scale: float,
 ) -> Float[Array, "B L heads W"]:
-  """softmax(scale * query . key) value, scores and softmax in float32."""
+  """softmax(scale * query . key) value, scores and softmax in float32.
+
+  Args:
+    query: [B, L, heads, Q].
+    key: [B, S, heads, Q].
+    value: [B, S, heads, W].
+    mask: bool [B or 1, L, S], True where a query may see a key.
+    scale: factor on the scores.
+  """
   scores = jnp.einsum(
     "blhq,bshq->bhls", query, key, preferred_element_type=jnp.float32
   )
@@ -102,7 +110,7 @@ def core_attention(
     key: `[B, S, heads, Q]`.
     value: `[B, S, heads, W]`, in the dtype of `query` and `key`.
     mask: True where a query may see a key.
-    scale: of the scores.
+    scale: factor on the scores.
 
   Returns:
     `[B, L, heads, W]` in the dtype of `value`.
@@ -161,9 +169,15 @@ def latent_attention_full(
 ) -> Float[Array, "B L heads W"]:
   """Attention over keys and values that are made for every head.
 
-  Arguments as `heads_of_latent`'s; `mask` is True where a query may see a key,
-  `scale` is of the scores. Returns `[B, L, heads, W]`, before the output
-  projection.
+  Args:
+    query_nope: [B, L, heads, N], the part of the queries without positions.
+    query_rope: [B, L, heads, P], the rotated part.
+    latent: [B, S, C].
+    rope_key: [B, S, P], the rotated key that all heads share.
+    key_up: [C, heads, N], from latents to keys.
+    value_up: [C, heads, W], from latents to values.
+    mask: bool [B or 1, L, S], True where a query may see a key.
+    scale: factor on the scores.
   """
   operands = heads_of_latent(
     query_nope, query_rope, latent, rope_key, key_up, value_up
@@ -186,6 +200,16 @@ def latent_attention_absorbed(
 
   Scores cost `heads * (C + P)` per pair of tokens instead of `heads * Q`, but
   nothing of size `S * heads` is made: right for a few queries on a long cache.
+
+  Args:
+    query_nope: [B, L, heads, N], the part of the queries without positions.
+    query_rope: [B, L, heads, P], the rotated part.
+    latent: [B, S, C].
+    rope_key: [B, S, P], the rotated key that all heads share.
+    key_up: [C, heads, N], from latents to keys.
+    value_up: [C, heads, W], from latents to values.
+    mask: bool [B or 1, L, S], True where a query may see a key.
+    scale: factor on the scores.
   """
   query_latent = jnp.einsum("blhn,chn->blhc", query_nope, key_up)
   scores = jnp.einsum(
@@ -201,7 +225,12 @@ def latent_attention_absorbed(
 def causal_mask(
   length: int, segments: Int[Array, "B L"] | None = None
 ) -> Bool[Array, "#B L L"]:
-  """Token l sees tokens 0..l, and of these only its own segment's."""
+  """Token l sees tokens 0..l, and of these only its own segment's.
+
+  Args:
+    length: L, number of positions.
+    segments: int [B, L], the document of each position; None for one document.
+  """
   mask = jnp.tril(jnp.ones((1, length, length), bool))
   if segments is None:
     return mask
@@ -218,6 +247,12 @@ def write_cache(
 
   A position outside `0 <= position < S` writes nothing. The positions of one
   sequence must differ from each other.
+
+  Args:
+    cache: the past of B sequences, S places each.
+    latent: [B, L, C], latents of the new tokens.
+    rope_key: [B, L, P], their rotated keys.
+    positions: int [B, L], their places in the cache.
   """
   capacity = cache.latent.shape[1]
   # A negative index would count from the end before it is found to be outside.
@@ -271,7 +306,13 @@ class LatentAttention(nnx.Module):
     self.out = matrix(of_heads(value), embed)
 
   def init_cache(self, batch: int, capacity: int, dtype: str) -> LatentCache:
-    """An empty cache for `batch` sequences of at most `capacity` tokens."""
+    """An empty cache for `batch` sequences of at most `capacity` tokens.
+
+    Args:
+      batch: B, number of sequences.
+      capacity: S, most tokens of one sequence.
+      dtype: dtype of the latents and keys.
+    """
     require_dtype(dtype)
     require(batch > 0, "batch", batch, "a number above 0")
     require(capacity > 0, "capacity", capacity, "a number above 0")

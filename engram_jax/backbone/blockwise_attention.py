@@ -39,7 +39,7 @@ class _Blocks(NamedTuple):
   Attributes:
     queries: queries of a block; they divide L.
     keys: keys of a block; they divide S.
-    scale: of the scores.
+    scale: factor on the scores.
   """
 
   queries: int
@@ -229,7 +229,7 @@ def blockwise_attention(
       `arange(L)[None]` for causal attention of a sequence to itself. An index
       beyond S - 1 means S - 1; a negative one, no key.
     segments: int, per query and key (then L = S); None for no limit.
-    scale: of the scores.
+    scale: factor on the scores.
     block_size: queries, and keys, of one block. The length need not be whole
       blocks.
 

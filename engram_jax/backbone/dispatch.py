@@ -25,7 +25,14 @@ from engram_jax.errors import require
 def bucket_capacity(
   tokens: int, *, num_experts: int, top_k: int, factor: float
 ) -> int:
-  """Assignments an expert takes: `factor` times the mean load, at most T."""
+  """Assignments an expert takes: `factor` times the mean load, at most T.
+
+  Args:
+    tokens: T, number of tokens that are routed at once.
+    num_experts: E, number of routed experts.
+    top_k: experts of one token.
+    factor: capacity over the mean load.
+  """
   require(factor > 0, "capacity_factor", factor, "a number above 0")
   return min(tokens, math.ceil(tokens * top_k * factor / num_experts))
 
@@ -47,10 +54,10 @@ def dispatch_dense(
     expert_ids: `[T, k]`, different within a token. One that is not in 0..E-1,
       an expert of another device, counts for nothing.
     weights: float32 `[T, k]`.
-    gate: of the experts' SwiGLU, `[E, D, F]`, in the dtype of `x`.
+    gate: gate weights of the experts' SwiGLU, `[E, D, F]`, in the dtype of `x`.
     up: `[E, D, F]`.
     down: `[E, F, D]`.
-    dtype: of the result; None for that of `x`.
+    dtype: dtype of the result; None for that of `x`.
 
   Returns:
     `[T, D]`; the sum over experts is done in float32.
@@ -129,7 +136,14 @@ def apply_experts(
   up: Float[Array, "E D F"],
   down: Float[Array, "E F D"],
 ) -> Float[Array, "E C D"]:
-  """Each expert's SwiGLU on its own bucket."""
+  """Each expert's SwiGLU on its own bucket.
+
+  Args:
+    buckets: `[E, C, D]`, the tokens of each expert.
+    gate: gate weights, `[E, D, F]`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
+  """
   hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", buckets, gate))
   hidden = hidden * jnp.einsum("ecd,edf->ecf", buckets, up)
   return jnp.einsum("ecf,efd->ecd", hidden, down)
@@ -150,7 +164,7 @@ def from_buckets(
     expert_ids: `[T, k]`.
     slots: `[T, k]`, from `to_buckets`.
     weights: float32 `[T, k]`.
-    dtype: of the sums; None for that of `out`.
+    dtype: dtype of the sums; None for that of `out`.
 
   Returns:
     `[T, D]`, and the float32 number of assignments dropped.
@@ -179,7 +193,12 @@ def dispatch_bucketed(
   only a capacity of T makes tokens independent of each other.
 
   Args:
-    x: `[T, D]`; the others as in `dispatch_dense`.
+    x: `[T, D]`.
+    expert_ids: `[T, k]`.
+    weights: `[T, k]`.
+    gate: `[E, D, F]`, in the dtype of `x`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
     capacity: assignments that one expert takes; see `bucket_capacity`.
 
   Returns:
@@ -207,7 +226,16 @@ def dispatch_dropless(
 ) -> Float[Array, "T D"]:
   """Drops nothing and computes nothing twice: `jax.lax.ragged_dot`.
 
-  Arguments and result as in `dispatch_dense`; all ids are in 0..E-1.
+  The result is that of `dispatch_dense`.
+
+  Args:
+    x: `[T, D]`.
+    expert_ids: `[T, k]`, all in 0..E-1.
+    weights: `[T, k]`.
+    gate: `[E, D, F]`, in the dtype of `x`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
+    dtype: dtype of the result; None for that of `x`.
   """
   order, place, load, _ = _sort_by_expert(expert_ids, gate.shape[0])
   rows = x[order // expert_ids.shape[1]]  # [A, D]
@@ -230,6 +258,17 @@ def dispatch_by(
   dtype: str,
 ) -> tuple[Float[Array, "T D"], Float32[Array, ""]]:
   """The dispatch named `form`, one of `config.DISPATCHES`.
+
+  Args:
+    form: one of `config.DISPATCHES`.
+    x: `[T, D]`.
+    expert_ids: `[T, k]`.
+    weights: `[T, k]`.
+    gate: `[E, D, F]`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
+    capacity_factor: for `bucketed`: capacity over the mean load.
+    dtype: dtype to compute in.
 
   Returns:
     `[T, D]` in `dtype`, in which it is computed, and the float32 number of
@@ -281,12 +320,12 @@ def apply_routed(
     x: `[B, L, D]`, any float dtype.
     router: `[D, E]`.
     bias: `[E]`, the balancing bias.
-    gate: of the experts' SwiGLU, `[E, D, F]`, any float dtype; or whatever
-      part of it `dispatch` takes.
+    gate: gate weights of the experts' SwiGLU, `[E, D, F]`, any float dtype; or
+      whatever part of it `dispatch` takes.
     up: `[E, D, F]`, likewise.
     down: `[E, F, D]`, likewise.
     top_k: k, experts of a token.
-    capacity_factor: of `bucketed`: capacity over the mean load.
+    capacity_factor: for `bucketed`: capacity over the mean load.
     dtype: what the experts compute in.
     dispatch: takes the arguments of `dispatch_by`.
 

@@ -69,7 +69,7 @@ def apply_routed(
     up: `[E, D, F]`.
     down: `[E, F, D]`.
     top_k: k, experts of a token.
-    capacity_factor: of `bucketed`, capacity over the mean load. Both are those
+    capacity_factor: for `bucketed`: capacity over the mean load. Both are those
       of one device's tokens: an expert takes C from each device, and drops what
       is over even if others send it less.
     dtype: what the experts compute in.

@@ -115,8 +115,8 @@ def mixing(
       row after row).
     scale: [3], a_pre, a_post, a_res.
     bias: [G (G + 2)], as the columns of `kernel`.
-    eps: of the RMSNorm.
-    iterations: of `sinkhorn`.
+    eps: epsilon of the RMSNorm.
+    iterations: iterations of `sinkhorn`.
 
   Raises:
     InputError: parameters that do not fit the streams, or no iteration.

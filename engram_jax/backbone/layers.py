@@ -35,7 +35,7 @@ def normal_param(
   """A float32 parameter drawn from a normal distribution of mean 0.
 
   Args:
-    shape: of the array.
+    shape: shape of the array.
     init_std: standard deviation.
     rngs: the stream `params` is drawn from.
     **metadata: what the parameter is, as `parameters.param` takes it.
@@ -50,7 +50,13 @@ def require_dtype(dtype: str) -> None:
 
 
 def require_width(field: str, x: Float[Array, "..."], width: int) -> None:
-  """Refuses an array whose last axis is not `width` wide."""
+  """Refuses an array whose last axis is not `width` wide.
+
+  Args:
+    field: name of the array, for the error line.
+    x: the array to check.
+    width: size that its last axis must have.
+  """
   require(x.shape[-1] == width, f"{field}.shape", x.shape, f"[..., {width}]")
 
 
@@ -60,7 +66,14 @@ def swiglu(
   up: Float[Array, "D F"],
   down: Float[Array, "F D"],
 ) -> Float[Array, "... D"]:
-  """(silu(x gate) * x up) down, in the dtype of its arguments."""
+  """(silu(x gate) * x up) down, in the dtype of its arguments.
+
+  Args:
+    x: [..., D].
+    gate: [D, F].
+    up: [D, F].
+    down: [F, D].
+  """
   return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -192,6 +205,11 @@ def embed(
 
   On a mesh each device gathers the table, reads its own tokens, and sums their
   gradient before any of it travels.
+
+  Args:
+    table: [V, D], the embedding.
+    token_ids: int32 [B, L], 0 <= id < V.
+    dtype: dtype of the result.
   """
   # Gathered before the cast, so that only the rows that are read are cast.
   mesh = sharding.current_mesh()

@@ -65,7 +65,12 @@ def route(
 def expert_load(
   expert_ids: Int[Array, "*batch k"], num_experts: int
 ) -> Int[Array, "E"]:
-  """How many assignments each expert has."""
+  """How many assignments each expert has.
+
+  Args:
+    expert_ids: integers [..., k], all in 0..E-1.
+    num_experts: E, number of routed experts.
+  """
   hits = expert_ids.reshape(-1, 1) == jnp.arange(num_experts)
   return jnp.sum(hits, axis=0, dtype=jnp.int32)
 
@@ -107,6 +112,11 @@ def balance_loss(
   the mean over the sequence of s_i / sum_j s_j. Balanced routing gives
   `weight`. An affinity below 1e-30 counts as 1e-30, and gets no gradient: so
   the share of a token that no expert suits is even, and not 0 / 0.
+
+  Args:
+    affinities: [B, L, E], the router's scores above 0.
+    expert_ids: [B, L, k], the experts chosen.
+    weight: factor on the loss.
   """
   length, experts = affinities.shape[1:]
   top_k = expert_ids.shape[2]

@@ -57,7 +57,7 @@ class Context(NamedTuple):
   Attributes:
     positions: int32 [B, L], of the tokens in their documents.
     segments: int32 [B, L], numbers of documents; None for one a sequence.
-    dispatch: of the experts; None for the config's.
+    dispatch: form of expert dispatch; None for the config's.
   """
 
   positions: Int[Array, "B L"]
@@ -71,7 +71,7 @@ class BlockOutput(NamedTuple):
   Attributes:
     streams: [B, L, G, D].
     cache: the cache with these tokens; None if none was given.
-    moe: of its experts; None without.
+    moe: statistics of its experts; None without.
   """
 
   streams: Hidden
@@ -85,7 +85,8 @@ class ModelOutput(NamedTuple):
   Attributes:
     logits: float32 [B, L, V]; None if not wanted.
     hidden: [B, L, D], what the head makes logits of.
-    moe: of the blocks with experts, stacked: [n, E] and [n]; None without.
+    moe: statistics of the blocks with experts, stacked: [n, E] and [n]; None
+      without.
     gates: float32 [B, L, G] per Engram layer; empty when the memory is off.
   """
 
@@ -144,7 +145,7 @@ class Block(nnx.Module):
 
     Args:
       streams: [B, L, G, D].
-      context: of the tokens.
+      context: context of the tokens.
       cache: the past, in decoding; see `LatentAttention`.
     """
 
@@ -277,7 +278,7 @@ class Transformer(nnx.Module):
         memory off: no Engram layer adds anything.
       breaks: [B, L] of `Break`, as given to the hash. A document sees nothing
         of its neighbours, in attention, memory or convolution.
-      dispatch: of the experts; None for the config's.
+      dispatch: form of expert dispatch; None for the config's.
       logits: False for none at all: a loss in chunks makes them of `hidden`
         and `output_matrix` itself.
 
@@ -368,7 +369,12 @@ def _at(tree, index):
 def require_rows_of(
   config: ModelConfig, rows: Mapping[int, Rows] | None
 ) -> None:
-  """Refuses rows of other layers than the model's Engram layers."""
+  """Refuses rows of other layers than the model's Engram layers.
+
+  Args:
+    config: config of the model.
+    rows: [B, L, K, d] per layer; None when the memory is off.
+  """
   memory = config.engram
   expected = set() if memory is None or rows is None else set(memory.layers)
   given = set(rows or ())

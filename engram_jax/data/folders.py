@@ -71,6 +71,10 @@ def printable(path: str) -> str:
 def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
   """The absolute path, which may begin with `~`.
 
+  Args:
+    field: name of the field or flag that gave the path.
+    path: the path as it was given.
+
   Raises:
     InputError: no such home, or what no path can hold; `field` is blamed.
   """
@@ -90,7 +94,7 @@ def output_kind(folder: str | os.PathLike[str], names: Collection[str]) -> str:
 
   Args:
     folder: its path.
-    names: of the files and folders in it.
+    names: names of the files and folders in it.
   """
   if "config.json" in names and (
     "checkpoints" in names

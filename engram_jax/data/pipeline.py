@@ -122,7 +122,12 @@ class PackedWindows:
     return window
 
   def read(self, start: int, stop: int) -> Int[np.ndarray, "n"]:
-    """Tokens `start` to `stop` of the stream, int32; reads those pieces."""
+    """Tokens `start` to `stop` of the stream, int32; reads those pieces.
+
+    Args:
+      start: first token.
+      stop: one past the last token.
+    """
     ends = self._piece_ends
     first = int(np.searchsorted(ends, start, side="right"))
     last = int(np.searchsorted(ends, stop, side="left"))
@@ -217,7 +222,7 @@ def batches(
     split: `train`, `validation`, or `all`.
     seq_len: L.
     batch_size: windows of one step over all hosts, B * process_count.
-    seed: of the shuffle.
+    seed: seed of the shuffle.
     shuffle: a new random order in every epoch; False is the stream's order.
     epochs: passes over the windows; None goes on for ever.
     drop_remainder: leave the last incomplete batch out. False, for a single

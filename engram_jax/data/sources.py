@@ -64,7 +64,12 @@ class TextSource:
 
 
 def split_of(key: bytes, *, validation_percent: int) -> str:
-  """The split of a document: the same on every machine and in every run."""
+  """The split of a document: the same on every machine and in every run.
+
+  Args:
+    key: what names the document, in bytes.
+    validation_percent: share of documents held out, in percent.
+  """
   number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
   return "validation" if number % 100 < validation_percent else "train"
 

@@ -117,7 +117,15 @@ def write_dataset(
   splits: Iterable[str],
   advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-  """Writes the pieces of these splits into `folder`; see `TextDataset`."""
+  """Writes the pieces of these splits into `folder`; see `TextDataset`.
+
+  Args:
+    folder: the folder to write into.
+    source: the documents, by split.
+    tokenizer: the tokenizer that encodes them.
+    splits: names of the splits to write.
+    advance: called with the number of bytes encoded since the last call.
+  """
   builder = TextDataset(
     source=source,
     tokenizer=tokenizer,
@@ -140,6 +148,10 @@ def write_dataset(
 def read_pieces(folder: pathlib.Path, *, splits: Iterable[str]) -> Any:
   """The pieces of these splits, one split after the other.
 
+  Args:
+    folder: folder of the dataset.
+    splits: names of the splits to read.
+
   Returns:
     A random-access sequence of mappings with the features of `TextDataset`;
     threads may read it together.
@@ -156,7 +168,12 @@ def read_pieces(folder: pathlib.Path, *, splits: Iterable[str]) -> Any:
 
 
 def damaged(folder: pathlib.Path, error: Exception) -> InputError:
-  """What is raised where prepared data cannot be read."""
+  """What is raised where prepared data cannot be read.
+
+  Args:
+    folder: folder of the dataset.
+    error: what reading it raised.
+  """
   reason = getattr(error, "strerror", None) or first_line(error)
   valid = f"prepared text that is whole and can be read ({reason[:160]}); "
   valid += "it is made again if its folder is removed"
@@ -169,7 +186,7 @@ def write_index(folder: pathlib.Path, split: str, *, empty: bool) -> str:
   Made from what is stored, not from what was meant to be stored.
 
   Args:
-    folder: of the dataset.
+    folder: folder of the dataset.
     split: one of `sources.SPLITS`.
     empty: whether it has no pieces, and so does not exist for TFDS.
 
@@ -196,6 +213,10 @@ def read_index(
   folder: pathlib.Path, split: str
 ) -> tuple[Int[np.ndarray, "pieces"], Int[np.ndarray, "documents"]]:
   """Positions in a split's stream.
+
+  Args:
+    folder: folder of the dataset.
+    split: one of `sources.SPLITS`.
 
   Returns:
     `piece_ends` int64 [pieces], one past each piece's last token;

@@ -131,7 +131,12 @@ class _Words:
 def save_tokenizer(
   tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]
 ) -> None:
-  """Writes the tokenizer to `path`, whole or not at all."""
+  """Writes the tokenizer to `path`, whole or not at all.
+
+  Args:
+    tokenizer: the tokenizer to write.
+    path: the file, which is replaced if it exists.
+  """
   write_whole(path, tokenizer.to_str(pretty=True))
 
 
@@ -167,6 +172,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 def require_text(field: str, text: str) -> None:
   """Refuses what cannot be encoded: nothing, or bytes that are no UTF-8.
+
+  Args:
+    field: name of the field or flag that gave the text.
+    text: the text to encode.
 
   Raises:
     InputError: with `field` as its name.

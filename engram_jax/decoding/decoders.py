@@ -60,7 +60,7 @@ def lookup_chunk(
   """The rows of a chunk from a store on the device, and the history after.
 
   Args:
-    store: of the memory's rows.
+    store: store of the memory's rows.
     memory: static under jit.
     history: int32 [B, N-1], the last canonical ids.
     token_ids: int32 [B, L], padded on the right.
@@ -133,7 +133,12 @@ class Decoder:
     self.close()
 
   def init_state(self, batch: int, capacity: int) -> DecodeState:
-    """The state before the first token; see `state.init_state`."""
+    """The state before the first token; see `state.init_state`.
+
+    Args:
+      batch: B, number of sequences.
+      capacity: most tokens of one sequence, prompt included.
+    """
     state = init_state(self.model, self.memory, batch=batch, capacity=capacity)
     if self.memory is None or isinstance(self.store, ProgramStore):
       return state

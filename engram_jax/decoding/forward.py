@@ -41,7 +41,13 @@ class ModelCache(NamedTuple):
 
 
 def init_cache(model: DecodingModel, batch: int, capacity: int) -> ModelCache:
-  """An empty cache for `batch` sequences of at most `capacity` tokens."""
+  """An empty cache for `batch` sequences of at most `capacity` tokens.
+
+  Args:
+    model: the model to decode with.
+    batch: B, number of sequences.
+    capacity: most tokens of one sequence.
+  """
   config, memory = model.config, model.config.engram
   layers = () if memory is None else memory.layers
   return ModelCache(

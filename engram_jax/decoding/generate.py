@@ -102,7 +102,7 @@ def generate(
     store: where the memory's rows live, e.g. `TableStore(tables)`; None with
       `memory` None.
     prompts: token ids of each sequence, at least one.
-    max_new_tokens: of each sequence; fewer when it ends.
+    max_new_tokens: most new tokens of a sequence; fewer when it ends.
     key: a JAX random key; unused at temperature 0.
     temperature: see `sample`.
     top_k: see `sample`.
@@ -270,6 +270,10 @@ def generate_all(*args, **kwargs) -> list[list[int]]:
   """As `generate`, all at once: the new tokens of each sequence.
 
   A sequence that ended does so with `end_id`.
+
+  Args:
+    *args: positional arguments of `generate`.
+    **kwargs: keyword arguments of `generate`.
   """
   steps = list(generate(*args, **kwargs))
   columns = np.stack([step.tokens for step in steps], axis=1).tolist()

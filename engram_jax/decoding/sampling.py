@@ -47,7 +47,14 @@ def allowed_tokens(
 def check_sampling(
   temperature: float, top_k: int | None, top_p: float | None, *, size: int
 ) -> None:
-  """Refuses what `sample` cannot draw from: see its arguments."""
+  """Refuses what `sample` cannot draw from: see its arguments.
+
+  Args:
+    temperature: see `sample`.
+    top_k: see `sample`.
+    top_p: see `sample`.
+    size: V, number of token ids.
+  """
   largest = float(np.finfo(np.float32).max)
   require(
     temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= largest,
@@ -142,6 +149,14 @@ def sample_each(
   """As `sample`, with a key for each sequence, [B]; refuses nothing.
 
   What it draws of logits that `finite_logits` refuses means nothing.
+
+  Args:
+    keys: random keys, [B].
+    logits: [B, V].
+    temperature: see `sample`.
+    top_k: see `sample`.
+    top_p: see `sample`.
+    allowed: bool [V], the ids that may be drawn; None for all.
   """
   size = logits.shape[1]
   logits = logits.astype(jnp.float32)

@@ -43,6 +43,10 @@ def rewind(
   """Sends slots back to the start, whose sequences nobody reads any more.
 
   They may go on as part of the batch without ever filling their cache.
+
+  Args:
+    state: the state of B slots.
+    slots: bool [B], True for the slots to send back.
   """
   lengths = jnp.where(slots, 0, state.cache.lengths)
   return state._replace(cache=state.cache._replace(lengths=lengths))

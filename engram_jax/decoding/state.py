@@ -54,7 +54,12 @@ def init_state(
 
 
 def require_memory(model: DecodingModel, memory: Memory) -> None:
-  """Refuses a memory of other layers than the model's."""
+  """Refuses a memory of other layers than the model's.
+
+  Args:
+    model: the model to decode with.
+    memory: the memory that it is to read.
+  """
   engram = model.config.engram
   expected = set() if engram is None else set(engram.layers)
   valid = f"those of the model's Engram layers, {sorted(expected)}"
@@ -63,7 +68,12 @@ def require_memory(model: DecodingModel, memory: Memory) -> None:
 
 
 def check_history(memory: Memory | None, state: DecodeState) -> None:
-  """Refuses a state that was made with another use of the memory."""
+  """Refuses a state that was made with another use of the memory.
+
+  Args:
+    memory: the memory in use now; None for none.
+    state: a state made by `init_state`.
+  """
   if memory is None:
     off = state.history is None
     require(off, "memory", None, "the memory that `init_state` was given")
@@ -85,6 +95,11 @@ def check_chunk(
 
   And more tokens than the cache holds: it would drop them silently. Lengths
   that are known are looked at; whoever compiles a step checks them first.
+
+  Args:
+    state: the state that the tokens continue.
+    token_ids: int32 [B, L], the new tokens, padded at the end.
+    lengths: int32 [B], number of real ones.
   """
   held = state.cache.lengths
   shape = (token_ids.shape[:1], lengths.shape)

@@ -143,11 +143,11 @@ def fuse(
     rows: [B, L, K, d], what `lookup` read; any float dtype.
     dilation: positions between the convolution's taps.
     signed_sqrt: see `gating.py`.
-    query_eps: of the hidden state's RMSNorm.
-    key_eps: of the key's RMSNorm.
-    conv_eps: of the RMSNorm before the convolution.
-    dtype: of products and of the update; gate and norms are float32 in any
-      case.
+    query_eps: epsilon of the hidden state's RMSNorm.
+    key_eps: epsilon of the key's RMSNorm.
+    conv_eps: epsilon of the RMSNorm before the convolution.
+    dtype: dtype of products and of the update; gate and norms are float32 in
+      any case.
     state: what the call before returned; None at a sequence's start.
     breaks: [B, L], as given to the hash: the convolution stops at document
       starts, and positions that are not text get gate and update 0.
@@ -225,7 +225,12 @@ def fuse_options(config: EngramConfig) -> dict:
 
 
 def init_conv_state(config: EngramConfig, batch: int) -> ConvState | None:
-  """The state before the first token; None without a convolution."""
+  """The state before the first token; None without a convolution.
+
+  Args:
+    config: sizes and options of the Engram layers.
+    batch: B, number of sequences.
+  """
   if not config.short_conv:
     return None
   reach = conv_reach(config.conv_kernel_size, config.dilation)
@@ -262,7 +267,15 @@ class Engram(nnx.Module):
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
   ) -> Fusion:
-    """As `__call__`, with the gates."""
+    """As `__call__`, with the gates.
+
+    Args:
+      hidden: [B, L, G, D] or [B, L, D]; any float dtype.
+      rows: [B, L, K, d]; any float dtype.
+      state: what the call before returned; None at a sequence's start.
+      breaks: [B, L], as given to the hash.
+      lengths: int32 [B], number of real positions.
+    """
     return fuse(
       self.params(),
       hidden,

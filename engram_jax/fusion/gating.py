@@ -36,8 +36,8 @@ def gate_scores(
     keys: [B, L, G, D], the projected rows; any float dtype.
     query_scale: [G, D], gain of the hidden state's RMSNorm.
     key_scale: [G, D], gain of the key's RMSNorm.
-    query_eps: of the hidden state's RMSNorm.
-    key_eps: of the key's RMSNorm.
+    query_eps: epsilon of the hidden state's RMSNorm.
+    key_eps: epsilon of the key's RMSNorm.
 
   Returns:
     float32 [B, L, G].

@@ -1,11 +1,11 @@
 """The Engram layer for Linen models: the same `fuse`, `self.param` per array.
 
 Parameter names and shapes are those of `EngramParams`, so weights move between
-this and `engram_jax.Engram` by name. `init` boxes them with the names of their
-axes (`nn.LogicallyPartitioned`; `nn.unbox` takes the arrays out), which mean
-something under Flax's rules alone: `nn.logical_axis_rules(sharding.
-LOGICAL_AXES.items())` are those of the backbone. Which of them are matrices,
-and which decay: `fusion.engram.param_metadata`.
+this and `engram_jax.Engram` by name. `init` boxes each with the names of its
+axes (`nn.LogicallyPartitioned`; `nn.unbox` takes the arrays out). They place
+nothing without rules. Ours are `list(sharding.LOGICAL_AXES.items())`, given to
+`nn.logical_axis_rules`. Which parameters are matrices, and which decay:
+`fusion.engram.param_metadata`.
 """
 
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Engram(nn.Module):
   config: EngramConfig
 
   def setup(self):
+    """Declares the parameters, with their logical axes."""
+
     def make(name: str, shape: tuple[int, ...]) -> Array:
       axes = param_metadata(name).axes
       init = nn.with_logical_partitioning(param_init(name), axes)
@@ -59,7 +61,15 @@ class Engram(nn.Module):
     breaks: Breaks | None = None,
     lengths: Int[Array, "B"] | None = None,
   ) -> Fusion:
-    """As `__call__`, with the gates."""
+    """As `__call__`, with the gates.
+
+    Args:
+      hidden: [B, L, G, D] or [B, L, D]; any float dtype.
+      rows: [B, L, K, d]; any float dtype.
+      state: what the call before returned; None at a sequence's start.
+      breaks: [B, L], as given to the hash.
+      lengths: int32 [B], number of real positions.
+    """
     return fuse(
       self.arrays,
       hidden,

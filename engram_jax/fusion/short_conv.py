@@ -19,7 +19,12 @@ ConvState = Float[Array, "B reach G D"]
 
 
 def conv_reach(taps: int, dilation: int) -> int:
-  """How many positions back the convolution sees."""
+  """How many positions back the convolution sees.
+
+  Args:
+    taps: number of taps.
+    dilation: positions between taps.
+  """
   return (taps - 1) * dilation
 
 

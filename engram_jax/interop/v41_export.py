@@ -84,7 +84,7 @@ def export_v41(
       32] at a time: of `pack_chunks`, or of a store.
     made_from: the checkpoint that all this is from, `TrainedModel.identity`;
       None if it is from none.
-    compression_digest: of the map of tokens that it was trained under,
+    compression_digest: digest of the map of tokens that it was trained under,
       `TokenCompression.digest`; None if unknown.
 
   Raises:

@@ -64,18 +64,24 @@ def breaks_from_segments(
   return breaks.astype(xp.int8)
 
 
-def resolve_breaks(breaks: Any, segment_ids: Any) -> Any:
+def resolve_breaks(breaks: Any, segment_ids: Any, positions: Any = None) -> Any:
   """`breaks`, checked; or those of `segment_ids`; None without either.
+
+  Args:
+    breaks: [B, L] of `Break`, or bool for document starts only; or None.
+    segment_ids: integers [B, L], the document of each position; or None.
 
   Raises:
     InputError: both are given, or either is not what its name says.
   """
   if segment_ids is None:
+    found = "without segment_ids"
+    require(positions is None, "positions", found, "both, or neither")
     if breaks is not None:
       require_breaks(breaks)
     return breaks
   require(breaks is None, "segment_ids", "given with breaks", "one of the two")
-  return breaks_from_segments(segment_ids)
+  return breaks_from_segments(segment_ids, positions)
 
 
 def require_breaks(breaks: Breaks | np.ndarray) -> None:
@@ -115,7 +121,12 @@ def check_breaks(breaks: Breaks | np.ndarray) -> None:
 
 
 def require_integers(field: str, array: Any) -> None:
-  """Refuses an array of another dtype than integers or bool."""
+  """Refuses an array of another dtype than integers or bool.
+
+  Args:
+    field: name of the array, for the error line.
+    array: the array to check.
+  """
   kind = np.dtype(array.dtype).kind
   require(kind in "iub", field, f"dtype {array.dtype}", "integers")
 

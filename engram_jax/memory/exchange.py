@@ -85,13 +85,24 @@ def choose_strategy(ids_per_device: int) -> str:
 
 
 def ids_per_device(row_ids: Mapping[int, Any], devices: int) -> int:
-  """M: ids of one layer on one device; as a capacity, more than any needs."""
+  """M: ids of one layer on one device; as a capacity, more than any needs.
+
+  Args:
+    row_ids: ids per layer, as many in each.
+    devices: number of devices that share them.
+  """
   (count,) = {ids.size for ids in row_ids.values()}
   return count // devices
 
 
 def mean_capacity(ids_per_device: int, devices: int, *, factor: float) -> int:
-  """`factor` times the mean number of ids that an owner is asked for."""
+  """`factor` times the mean number of ids that an owner is asked for.
+
+  Args:
+    ids_per_device: M, number of ids of one layer on one device.
+    devices: number of devices that own rows.
+    factor: room over the mean.
+  """
   require(factor > 0, "capacity factor", factor, "a number above 0")
   most = ids_per_device
   return min(most, max(1, math.ceil(factor * most / devices)))
@@ -167,7 +178,7 @@ def reduce_row_gradients(
   """Gradients with respect to rows of a `lookup`, summed at the rows' owners.
 
   Args:
-    plan: of the `lookup`.
+    plan: the plan that `lookup` returned.
     gradients: per layer [B, L, K, d].
     num_rows: per layer R, rows of the table, padding included.
 

@@ -99,7 +99,7 @@ class NgramHash:
       layers: ids of the Engram layers. Their order matters: no prime is used
         twice in a model, and the first layer takes the smallest.
       pad_id: the *canonical* id of the padding token.
-      seed: of the multipliers.
+      seed: seed of the multipliers.
 
     Raises:
       InputError: a size, layer or id that cannot be hashed.
@@ -215,7 +215,14 @@ class NgramHash:
     breaks: Breaks | None = None,
     segment_ids: Segments | None = None,
   ) -> dict[int, RowIds]:
-    """Row ids of every Engram layer; see `row_ids`."""
+    """Row ids of every Engram layer; see `row_ids`.
+
+    Args:
+      canonical: int32 [B, L]; a negative id is a position without text.
+      history: int32 [B, N-1], what `next_history` gave; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     breaks = resolve_breaks(breaks, segment_ids)
     return {
       layer: self.row_ids(canonical, layer, history=history, breaks=breaks)
@@ -272,7 +279,15 @@ class NgramHash:
     breaks: Breaks | None = None,
     segment_ids: Segments | None = None,
   ) -> RowIds:
-    """As `row_ids`, without the offsets: rows within each head's own table."""
+    """As `row_ids`, without the offsets: rows within each head's own table.
+
+    Args:
+      canonical: int32 [B, L]; a negative id is a position without text.
+      layer: one of `layers`.
+      history: int32 [B, N-1], what `next_history` gave; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     primes = self._of(self.primes, layer)
     breaks = resolve_breaks(breaks, segment_ids)
     window = [
@@ -292,7 +307,15 @@ class NgramHash:
     breaks: np.ndarray | None = None,
     segment_ids: np.ndarray | None = None,
   ) -> np.ndarray:
-    """`row_ids` on the host: the same numbers, int64 [B, L, K], any size."""
+    """`row_ids` on the host: the same numbers, int64 [B, L, K], any size.
+
+    Args:
+      canonical: integers [B, L]; a negative id is a position without text.
+      layer: one of `layers`.
+      history: integers [B, N-1], the canonical ids before; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
+      segment_ids: integers [B, L] of packed data in place of breaks.
+    """
     primes = self._of(self.primes, layer)
     breaks = resolve_breaks(breaks, segment_ids)
     columns = self._window(np.asarray(canonical), history, breaks, xp=np)
@@ -451,7 +474,14 @@ class NgramHash:
 def draw_multipliers(
   layer: int, *, count: int, vocab_size: int, seed: int
 ) -> np.ndarray:
-  """int64 [count]: odd, below 2^63 / vocab_size, as DeepSeek draws them."""
+  """int64 [count]: odd, below 2^63 / vocab_size, as DeepSeek draws them.
+
+  Args:
+    layer: the Engram layer; it enters the seed.
+    count: number of multipliers, one per token of the longest n-gram.
+    vocab_size: number of canonical ids.
+    seed: seed of the multipliers.
+  """
   bound = max(1, (2**63 - 1) // vocab_size // 2)
   draws = np.random.default_rng(seed + 10007 * layer).integers(
     0, bound, count, dtype=np.int64

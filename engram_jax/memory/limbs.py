@@ -44,6 +44,10 @@ def one_per_column(
   By selection, not by `jnp.stack` and `jnp.repeat`: those lay out an axis of
   one number per order, which XLA neither fuses nor vectorises; on CPU the whole
   hash is about ten times slower that way.
+
+  Args:
+    limbs: uint32 [B, L], one array per n-gram order.
+    heads: number of columns of each order.
   """
   order = np.repeat(np.arange(len(limbs)), heads)
   columns = jnp.broadcast_to(limbs[0][..., None], (*limbs[0].shape, order.size))
@@ -59,6 +63,10 @@ def mulhi(
 
   `jax.lax.mulhi` is the same, but a program for several devices does not
   compile with it (jax 0.10.2 and 0.12.0: "failed to legalize operation").
+
+  Args:
+    x: uint32 of any shape.
+    y: uint32, broadcast to the shape of `x`.
   """
   x_high, x_low = x >> 16, x & 0xFFFF
   y_high, y_low = y >> 16, y & 0xFFFF
@@ -75,6 +83,11 @@ def remainder(
 
   Shoup: with c' = floor(c 2^32 / p), x c - floor(x c' / 2^32) p lies in
   [0, 2p) for any 32-bit x; a 32-bit wrap does not matter, since 2p < 2^32.
+
+  Args:
+    high: uint32 [..., K], the upper 32 bits.
+    low: uint32 [..., K], the lower 32 bits.
+    primes: int64 [K], known on the host.
   """
   c = (1 << 32) % primes
   c_shoup = _constant((c << 32) // primes)

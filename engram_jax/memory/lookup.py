@@ -38,7 +38,7 @@ class Lookup(NamedTuple):
   Attributes:
     rows: [B, L, K, d] in the table's dtype.
     row_ids: int32 [B, L, K]; int64 where they were hashed on the host.
-    plan: of the exchange between devices; None without a mesh.
+    plan: plan of the exchange between devices; None without a mesh.
   """
 
   rows: dict[int, Rows]
@@ -159,7 +159,12 @@ def apply_row_gradients(
 
 
 def require_tables(tables: Tables, num_rows: Mapping[int, int]) -> None:
-  """Refuses tables of other layers than `num_rows`', or with fewer rows."""
+  """Refuses tables of other layers than `num_rows`', or with fewer rows.
+
+  Args:
+    tables: [R, d] per layer.
+    num_rows: R per layer that the hash needs.
+  """
   given, expected = sorted(tables), sorted(num_rows)
   require(given == expected, "tables", given, f"tables of layers {expected}")
   for layer, count in num_rows.items():

@@ -40,7 +40,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.files import whole_file
-from engram_jax.memory.breaks import breaks_from_segments
+from engram_jax.memory.breaks import resolve_breaks
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.lookup import (
@@ -215,7 +215,7 @@ class Memory:
       InputError: a token id of V or more (outside jit), both breaks and
         segment_ids, or a wrong shape.
     """
-    breaks = _breaks(breaks, segment_ids, positions)
+    breaks = resolve_breaks(breaks, segment_ids, positions)
     breaks, history = (
       None if x is None else jnp.asarray(x) for x in (breaks, history)
     )
@@ -231,8 +231,17 @@ class Memory:
     positions: TokenArray | None = None,
     history: HistoryArray | None = None,
   ) -> dict[int, Int[np.ndarray, "B L K"]]:
-    """`row_ids` on the host: the same numbers, int64, tables of any size."""
-    breaks = _breaks(breaks, segment_ids, positions)
+    """`row_ids` on the host: the same numbers, int64, tables of any size.
+
+    Args:
+      tokens: integers [B, L], token ids; a negative one is a position without
+        text.
+      breaks: see `row_ids`.
+      segment_ids: see `row_ids`.
+      positions: see `row_ids`.
+      history: see `row_ids`.
+    """
+    breaks = resolve_breaks(breaks, segment_ids, positions)
     canonical = self.compression(np.asarray(tokens))
     breaks, history = (
       None if x is None else np.asarray(x) for x in (breaks, history)
@@ -490,16 +499,6 @@ class Memory:
       f"Memory(rows per layer {{{rows}}}, width {self.config.head_dim}, "
       f"{self.vocab_size:,} token ids, digest {self.digest[:12]})"
     )
-
-
-def _breaks(breaks, segment_ids, positions):
-  """The one of breaks and segment_ids that was given, as breaks."""
-  if segment_ids is None:
-    require(positions is None, "positions", "without segment_ids", "both")
-    return breaks
-  both = breaks is not None
-  require(not both, "breaks", "given beside segment_ids", "one of the two")
-  return breaks_from_segments(segment_ids, positions)
 
 
 def _open_tokenizer(path: pathlib.Path) -> Any:

@@ -123,7 +123,12 @@ def squared_norm(gradients: RowGradients) -> Float[Array, ""]:
 def gather_rows(
   array: Shaped[Array, "R *d"], row_ids: Int[Array, "U"]
 ) -> Shaped[Array, "U *d"]:
-  """Rows of `array` by ascending ids; zeros for padding (ids >= R)."""
+  """Rows of `array` by ascending ids; zeros for padding (ids >= R).
+
+  Args:
+    array: [R, ...].
+    row_ids: integers [U], distinct and ascending.
+  """
   return array.at[row_ids].get(
     mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
   )
@@ -134,7 +139,13 @@ def scatter_rows(
   row_ids: Int[Array, "U"],
   rows: Shaped[Array, "U *d"],
 ) -> Shaped[Array, "R *d"]:
-  """`array`, of its own dtype, with `rows` at ascending ids; drops padding."""
+  """`array`, of its own dtype, with `rows` at ascending ids; drops padding.
+
+  Args:
+    array: [R, ...].
+    row_ids: integers [U], distinct and ascending.
+    rows: [U, ...], the new rows.
+  """
   rows = rows.astype(array.dtype)
   return array.at[row_ids].set(
     rows, mode="drop", unique_indices=True, indices_are_sorted=True
@@ -146,7 +157,13 @@ def move_rows(
   row_ids: Int[Array, "U"],
   change: Float[Array, "U d"],
 ) -> Float[Array, "R d"]:
-  """`table` with `change` taken from distinct rows, in float32."""
+  """`table` with `change` taken from distinct rows, in float32.
+
+  Args:
+    table: [R, d].
+    row_ids: integers [U], distinct and ascending.
+    change: [U, d], what is subtracted.
+  """
   rows = gather_rows(table, row_ids).astype(jnp.float32) - change
   return scatter_rows(table, row_ids, rows)
 
@@ -154,7 +171,12 @@ def move_rows(
 def dense_gradient(
   table: Float[Array, "R d"], gradients: RowGradients
 ) -> Float[Array, "R d"]:
-  """The same gradients as a float32 array of the table's shape."""
+  """The same gradients as a float32 array of the table's shape.
+
+  Args:
+    table: [R, d], of which only the shape counts.
+    gradients: summed gradients of distinct rows.
+  """
   dense = jnp.zeros(table.shape, jnp.float32)
   return dense.at[gradients.row_ids].add(gradients.values, mode="drop")
 
@@ -171,7 +193,12 @@ def squarable(values: Float[Array, "*S"]) -> Float[Array, "*S"]:
 
 
 def require_decay(name: str, value: float) -> None:
-  """Refuses a decay that is outside 0 <= b < 1, or becomes 1 in float32."""
+  """Refuses a decay that is outside 0 <= b < 1, or becomes 1 in float32.
+
+  Args:
+    name: name of the decay, for the error line.
+    value: the decay to check.
+  """
   ok = 0 <= value < 1 and np.float32(value) < 1
   require(ok, name, value, "0 <= b < 1, and at most 1 - 2**-24")
 

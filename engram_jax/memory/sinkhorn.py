@@ -120,7 +120,7 @@ def sinkhorn(
     iterations: K, scalings of rows and columns together.
     threshold: tau; a row whose update is shorter than this share of the mean
       does not move. Its momentum goes on.
-    scale: of the learning rate.
+    scale: factor on the learning rate.
     eps: added to every norm that is divided by.
 
   Returns:
@@ -168,7 +168,7 @@ def dense_sinkhorn(
     momentum: as in `sinkhorn`, and so are the others.
     iterations: K.
     threshold: tau.
-    scale: of the learning rate.
+    scale: factor on the learning rate.
     eps: added to every norm that is divided by.
 
   Raises:

@@ -39,7 +39,7 @@ def init_table(
     width: d.
     std: standard deviation; 0 makes an all-zero table, which is mute until
       trained.
-    dtype: of the entries.
+    dtype: dtype of the entries.
     shards: devices that share the table; see `sharding.padded_rows`. Jit this
       with `out_shardings`, and each makes its own rows only.
 

@@ -27,7 +27,7 @@ class HostReads(CountingStore):
   """What stores that read on the host share: each distinct row is read once.
 
   Args:
-    row_format: of the rows.
+    row_format: format of the rows.
     num_rows: R per layer.
   """
 
@@ -44,7 +44,12 @@ class HostReads(CountingStore):
   def read(
     self, row_ids: RowIdsByLayer, *, buffers: Buffers | None = None
   ) -> PackedRows:
-    """See `RowStore`. The arrays are NumPy's."""
+    """See `RowStore`. The arrays are NumPy's.
+
+    Args:
+      row_ids: integers [...] per layer.
+      buffers: where the rows are put; None for fresh memory.
+    """
     require_layers(row_ids, self.num_rows)
     packed, inverse, asked, read = {}, {}, 0, 0
     buffers = buffers or Buffers()
@@ -71,7 +76,7 @@ class HostStore(HostReads):
 
   Args:
     tables: uint8 [R, n] per layer, C order; not copied.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: Mapping[int, np.ndarray], row_format: RowFormat):
@@ -85,6 +90,13 @@ class HostStore(HostReads):
     self._tables = dict(tables)
 
   def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+    """See `HostReads`.
+
+    Args:
+      layer: one of the store's layers.
+      ids: integers [U], in bounds.
+      out: uint8 [U, n], where the rows are put.
+    """
     # The ids are in bounds; any mode but this one would buffer `out`.
     np.take(self._tables[layer], ids, axis=0, out=out, mode="clip")
 
@@ -101,4 +113,11 @@ class FileStore(HostReads):
     self.file = file
 
   def copy_rows(self, layer: int, ids: np.ndarray, out: np.ndarray) -> None:
+    """See `HostReads`.
+
+    Args:
+      layer: one of the store's layers.
+      ids: integers [U], in bounds.
+      out: uint8 [U, n], where the rows are put.
+    """
     self.file.read(layer, ids, out)

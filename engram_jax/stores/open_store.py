@@ -60,15 +60,15 @@ def open_store(
     home: see the file's docstring.
     tables: [R, d] per Engram layer, to be packed; None for a file.
     hashing: the model's.
-    row_format: of the packed rows, one of `FORMATS`; None for float32, or for
-      what the file has.
+    row_format: format of the packed rows, one of `FORMATS`; None for float32,
+      or for what the file has.
     compression_digest: the model's, which a file must have; None for any.
     made_from: the checkpoint whose rows a file must hold; None for any. One
       that does not say whose it holds is taken, and a line logged.
     allow_other_step: take a file of another step of the same run, and log it.
     verify: whether a file's checksums are compared first, which reads all of
       it; without, its header and size alone are.
-    cache_bytes: of rows kept on the device before it; 0 for none.
+    cache_bytes: bytes of rows kept on the device before it; 0 for none.
 
   Raises:
     InputError: an unknown home or format; a file of another model, run or
@@ -127,7 +127,7 @@ def pack_tables(
   Args:
     tables: [R, d] per Engram layer.
     hashing: the model's.
-    name: of the format.
+    name: name of the format.
 
   Raises:
     InputError: tables of another hash or not finite, an unknown format or one

@@ -46,7 +46,7 @@ def gather_on_host(
 
   Args:
     table: as `pinned_format` says.
-    ids: of rows, in bounds; on the device.
+    ids: row ids, in bounds; on the device.
 
   Returns:
     The rows on the device.

@@ -73,8 +73,8 @@ def read_to_device(
   Args:
     store: any.
     row_ids: as its `read` takes them.
-    buffers: of the calling thread; free again when this returns.
-    device: see `to_device`; of use to stores that read on the host.
+    buffers: the calling thread's buffers; free again when this returns.
+    device: see `to_device`; only stores that read on the host use it.
 
   Returns:
     A row for each id, [..., n], whatever the number of distinct ones: a model
@@ -179,7 +179,10 @@ class Prefetcher:
   ) -> Fetch[PackedRows]:
     """As `fetch`, of what these tokens read; the thread hashes them too.
 
-    Arguments as `row_ids_on_host`'s.
+    Args:
+      canonical: int32 [B, L], canonical ids.
+      history: int32 [B, N-1], the canonical ids before; None at the start.
+      breaks: [B, L] of `Break`, or bool for document starts only.
 
     Raises:
       InputError: the prefetcher is closed, or has no hash.
@@ -257,7 +260,12 @@ def prefetched(
 
 
 def require_rows(store: RowStore, hashing: NgramHash) -> None:
-  """Refuses a store of other layers than the hash's, or with fewer rows."""
+  """Refuses a store of other layers than the hash's, or with fewer rows.
+
+  Args:
+    store: the store to check.
+    hashing: the hash whose ids it is to be read with.
+  """
   found, wanted = dict(store.num_rows), hashing.num_rows
   valid = f"rows of the layers {sorted(wanted)}"
   same = sorted(found) == sorted(wanted)

@@ -41,7 +41,7 @@ class ProgramStore(CountingStore):
 
   Args:
     tables: per layer, where they are to stay.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: Mapping[int, Array], row_format: RowFormat):
@@ -71,13 +71,23 @@ class ProgramStore(CountingStore):
     return store
 
   def gather(self, table: Array, ids: Array) -> Array:
-    """Rows of a table, one for each id in bounds."""
+    """Rows of a table, one for each id in bounds.
+
+    Args:
+      table: [R, ...], one layer's table.
+      ids: integers of any shape, 0 <= id < R.
+    """
     return lookup(table, ids)
 
   def read(
     self, row_ids: RowIdsByLayer, *, buffers: Buffers | None = None
   ) -> PackedRows:
-    """See `RowStore`. Also under jit; `buffers` are of no use to it."""
+    """See `RowStore`. Also under jit; `buffers` are of no use to it.
+
+    Args:
+      row_ids: integers [...] per layer.
+      buffers: ignored: the program places its rows itself.
+    """
     del buffers
     require_layers(row_ids, self.num_rows)
     for layer, ids in row_ids.items():
@@ -122,7 +132,7 @@ class DeviceStore(ProgramStore):
 
   Args:
     tables: uint8 [R, n] per layer; those of NumPy are sent to the device.
-    row_format: of the rows.
+    row_format: format of the rows.
   """
 
   def __init__(self, tables: PackedTables, row_format: RowFormat):
@@ -138,7 +148,7 @@ class PinnedStore(ProgramStore):
 
   Args:
     tables: uint8 [R, n] per layer; copied to `pinned_host` memory.
-    row_format: of the rows.
+    row_format: format of the rows.
     device: whose host memory; None for the first.
 
   Raises:
@@ -172,5 +182,10 @@ class PinnedStore(ProgramStore):
       raise InputError("device", device, valid) from error
 
   def gather(self, table: Array, ids: Array) -> Array:
-    """See `ProgramStore`; on the host."""
+    """See `ProgramStore`; on the host.
+
+    Args:
+      table: uint8 [R, n] in pinned host memory.
+      ids: integers of any shape, 0 <= id < R; on the device.
+    """
     return gather_on_host(table, ids)

@@ -97,7 +97,7 @@ def pack_rows(
 
   Args:
     rows: [..., d], any float dtype; taken as float32.
-    row_format: of the result.
+    row_format: format of the result.
     scales: uint8 [..., d / 32], the scale bytes to use (fp8 only); None
       chooses them. Entries beyond 448 times their scale become 448 times it.
 

@@ -49,7 +49,7 @@ class CacheStatistics(NamedTuple):
     asked: row ids, of which a read may ask for one again and again.
     hits: distinct rows of a read that were on the device.
     misses: distinct rows of a read that the store was asked for.
-    bytes_sent: of packed rows, to the device.
+    bytes_sent: bytes of packed rows sent to the device.
   """
 
   asked: int = 0
@@ -239,8 +239,8 @@ class CachedStore:
 
   Args:
     store: where the rows live.
-    capacity_bytes: of packed rows to keep on the device, over all layers, each
-      of which has the same number.
+    capacity_bytes: bytes of packed rows to keep on the device, over all layers,
+      each of which has the same number.
     device: see `to_device`.
 
   Raises:
@@ -299,6 +299,10 @@ class CachedStore:
     """See `RowStore`; the ids are known, the rows on the device.
 
     Threads take turns: what one has fetched the next one finds.
+
+    Args:
+      row_ids: integers [...] per layer, known on the host.
+      buffers: where rows that are not cached are put; None for fresh memory.
     """
     require_layers(row_ids, self.num_rows)
     row_ids = {layer: np.asarray(ids) for layer, ids in row_ids.items()}

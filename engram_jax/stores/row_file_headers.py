@@ -50,13 +50,13 @@ class Header:
   """What a row file says of itself, and where that puts its rows.
 
   Attributes:
-    row_format: of every row.
+    row_format: format of every row.
     num_rows: R per layer, in the file's order.
     hashing: the hash whose ids name these rows; None if unknown.
     compression_digest: `TokenCompression.digest` under which they were
       trained; None if unknown.
     made_from: the checkpoint whose rows they are; None if unknown.
-    version: of the file; `made_from` is None in one of version 1.
+    version: version of the file; `made_from` is None in one of version 1.
   """
 
   row_format: RowFormat

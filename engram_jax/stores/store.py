@@ -81,7 +81,13 @@ class Buffers:
     self._arrays: dict[int, np.ndarray] = {}
 
   def take(self, layer: int, rows: int, size: int) -> np.ndarray:
-    """uint8 [rows, size] of any content, the same memory at every call."""
+    """uint8 [rows, size] of any content, the same memory at every call.
+
+    Args:
+      layer: the Engram layer that the memory is for.
+      rows: number of rows.
+      size: bytes of one row.
+    """
     array = self._arrays.get(layer)
     if array is None or array.size < rows * size:
       array = self._arrays[layer] = np.empty(rows * size, np.uint8)
@@ -100,7 +106,7 @@ class RowStore(Protocol):
   """Packed rows of every Engram layer of a model.
 
   Attributes:
-    row_format: of every row.
+    row_format: format of every row.
     num_rows: R per layer.
     statistics: what was read so far; of reads inside a compiled program
       nothing is counted.
@@ -136,6 +142,11 @@ def unpack(
 
   The bytes are gathered first and made numbers in the same pass: fewer bytes
   move than if it were the other way round.
+
+  Args:
+    rows: packed rows from a store's `read`.
+    row_format: the store's format.
+    dtype: dtype of the result.
   """
   found = {}
   for layer, packed in rows.packed.items():
@@ -153,7 +164,7 @@ def to_device(rows: PackedRows, device: Any = None) -> PackedRows:
   """Copies what a store read to the device, and waits until it is there.
 
   Args:
-    rows: of a store that reads on the host.
+    rows: packed rows from a store that reads on the host.
     device: a device or sharding; None for JAX's default.
 
   Returns:
@@ -166,7 +177,12 @@ def to_device(rows: PackedRows, device: Any = None) -> PackedRows:
 
 
 def require_layers(row_ids: RowIdsByLayer, num_rows: Mapping[int, int]) -> None:
-  """Refuses ids of layers that a store does not have, or that are none."""
+  """Refuses ids of layers that a store does not have, or that are none.
+
+  Args:
+    row_ids: integers [...] per layer.
+    num_rows: R per layer of the store.
+  """
   valid = f"row ids of the layers {list(num_rows)}"
   ok = set(row_ids) <= set(num_rows)
   require(ok, "row_ids", f"layers {list(row_ids)}", valid)
@@ -176,7 +192,13 @@ def require_layers(row_ids: RowIdsByLayer, num_rows: Mapping[int, int]) -> None:
 
 
 def require_rows_of(layer: int, ascending: np.ndarray, rows: int) -> None:
-  """Refuses ids [U] in ascending order that are not all 0 <= id < rows."""
+  """Refuses ids [U] in ascending order that are not all 0 <= id < rows.
+
+  Args:
+    layer: the Engram layer, for the error line.
+    ascending: distinct ids [U], smallest first.
+    rows: R, number of the layer's rows.
+  """
   for wrong in (ascending[:1], ascending[-1:]):
     ok = ((wrong >= 0) & (wrong < rows)).all()
     require(ok, f"row_ids[{layer}]", wrong, f"0 <= id < {rows}")
@@ -200,6 +222,12 @@ class CountingStore:
     return self._statistics
 
   def count(self, asked: int, read: int) -> None:
+    """Adds one call of `read` to the statistics.
+
+    Args:
+      asked: number of ids in the call.
+      read: number of rows read for them.
+    """
     new = (1, asked, read, read * self.row_format.bytes_per_row)
     with self._lock:
       sums = (a + b for a, b in zip(self._statistics, new))
@@ -207,6 +235,15 @@ class CountingStore:
 
 
 def require_packed_tables(tables: PackedTables, row_format: RowFormat) -> None:
+  """Refuses tables that are not packed in this format.
+
+  Args:
+    tables: uint8 [R, n] per layer.
+    row_format: format that the rows are to have.
+
+  Raises:
+    InputError: no table, or one of another dtype or shape.
+  """
   require(len(tables) >= 1, "tables", "none", "one or more layers")
   for layer, table in tables.items():
     ok = table.dtype == np.uint8 and table.ndim == 2 and len(table) >= 1

@@ -33,6 +33,15 @@ class Keep:
   best: int
 
   def should_preserve(self, checkpoints, *, context):
+    """Which checkpoints stay, as Orbax asks for it.
+
+    Args:
+      checkpoints: Orbax's records of the steps there are.
+      context: ignored.
+
+    Returns:
+      A bool for each of them.
+    """
     del context
     infos = sorted(checkpoints, key=lambda info: info.step)
     rated = [info for info in infos if info.metrics["eval_loss"] is not None]
@@ -100,7 +109,7 @@ def _what_is_missing(path: pathlib.Path, *, to_go_on: bool) -> str | None:
   """Why what is named as a step is no whole one; None if it is.
 
   Args:
-    path: of the step.
+    path: folder of the step.
     to_go_on: training wants more of it than inference does.
   """
   if not path.is_dir():
@@ -162,7 +171,12 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(field: str, path: pathlib.Path) -> Iterator[None]:
-  """Turns what damaged files raise into an `InputError`."""
+  """Turns what damaged files raise into an `InputError`.
+
+  Args:
+    field: name of the field, for the error line.
+    path: the file or folder that is read.
+  """
   try:
     yield
   except (InputError, MemoryError, jax.errors.JaxRuntimeError):

@@ -40,8 +40,8 @@ def diverged(
 
   Args:
     folder: the run's.
-    train: of its config.
-    step: at which it was noticed.
+    train: the training part of its config.
+    step: step at which it was noticed.
     what: which number is not finite.
 
   Raises:

@@ -155,7 +155,12 @@ def batch_losses(
 
 
 def batch_row_ids(setup: TrainSetup, batch: Batch) -> dict[int, np.ndarray]:
-  """int64 [B, L, K] per Engram layer, what a batch reads; on the host."""
+  """int64 [B, L, K] per Engram layer, what a batch reads; on the host.
+
+  Args:
+    setup: the setup of a model with a memory.
+    batch: int32 `inputs` and int8 `breaks`, [B, L].
+  """
   return setup.memory.row_ids_numpy(batch["inputs"], breaks=batch["breaks"])
 
 

@@ -40,8 +40,8 @@ class SourceCheckpoint:
   """A checkpoint to start from.
 
   Attributes:
-    folder: of its run.
-    step: of the checkpoint.
+    folder: folder of its run.
+    step: step of the checkpoint.
     run_metadata: what the checkpoint says of its run.
     weights: digest of its parameters and tables; None if unknown.
   """
@@ -85,7 +85,7 @@ def find_source(
     config: the new run's.
     init_from: the other run's folder; None for what the new run's folder says,
       if it has been started before.
-    init_step: of the other run's checkpoint; None for the newest.
+    init_step: step of the other run's checkpoint; None for the newest.
 
   Returns:
     None for a run that starts from nothing, or that has checkpoints of its own.
@@ -145,7 +145,7 @@ def tokenizer_of(
   """The tokenizer that a run does not train: that of the weights it began with.
 
   Args:
-    folder: of the run, which need not exist.
+    folder: folder of the run, which need not exist.
     source: from `find_source`.
 
   Returns:
@@ -158,7 +158,12 @@ def tokenizer_of(
 
 
 def record_source(folder: RunFolder, source: SourceCheckpoint) -> None:
-  """Writes into a run's folder where it starts from."""
+  """Writes into a run's folder where it starts from.
+
+  Args:
+    folder: folder of the run.
+    source: the checkpoint that it starts from.
+  """
   found = {
     "workdir": str(source.folder.path),
     "step": source.step,

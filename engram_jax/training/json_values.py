@@ -70,7 +70,7 @@ def first_difference(
     found: nested dicts, lists and scalars, as `plain` returns them.
     expected: likewise. Values of two types differ, 1 and 1.0 and True too.
     free: whether what is at a path, such as `a.b[0]`, may differ.
-    path: of these values themselves.
+    path: names that lead to these values from the top.
   """
   if free(path):
     return None

@@ -84,7 +84,7 @@ class RunResult:
     setup: what was trained.
     data: the prepared text.
     finished: False when a signal ended the run early.
-    compile_seconds: of the training step.
+    compile_seconds: seconds that compiling the training step took.
     steps_taken: by this call; 0 if the run had ended before.
     tokens_per_second: over this call's steps, without evaluations,
       checkpoints and compilation; None if it took none.
@@ -117,7 +117,7 @@ def run(
     workdir: its folder; new, empty, or of the same run.
     init_from: the folder of another run, whose weights a new one starts from;
       see `init_from.py`. Not looked at once the run has a checkpoint.
-    init_step: of the other run's checkpoint; None for the newest.
+    init_step: step of the other run's checkpoint; None for the newest.
     progress: tell on standard error what is done, with a progress bar.
 
   Raises:
@@ -350,7 +350,12 @@ def _say(line: str) -> None:
 def evaluation_batches(
   config: ExperimentConfig, data: PreparedData
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The same first batches of the validation split at every evaluation."""
+  """The same first batches of the validation split at every evaluation.
+
+  Args:
+    config: config of the run.
+    data: its prepared text.
+  """
   train = config.train
   return held_out_batches(
     data,

@@ -89,7 +89,7 @@ def muon(
 
   Args:
     momentum: mu.
-    weight_decay: of the leaves that `decay_mask` names.
+    weight_decay: weight decay of the leaves that `decay_mask` names.
     decay_mask: as `mask` of `optax.adamw`.
     spec_of: asked under a mesh: how a parameter is split.
 
@@ -216,7 +216,7 @@ class Layout(NamedTuple):
       mesh: None on one device.
       spec: how the parameter is split.
       matrix: its axes that are sides of a matrix, in the order of the pieces.
-      count: of a device's pieces.
+      count: number of a device's pieces.
     """
     if mesh is None:
       return cls((), (), 1)
@@ -246,6 +246,10 @@ def spread(pieces: Array, layout: Layout) -> Array:
   """Pieces [count, ...] to whole matrices [count / devices, ...], its share.
 
   `count` is padded with zeros first.
+
+  Args:
+    pieces: this device's pieces of `count` matrices.
+    layout: how matrices are cut and over which devices.
   """
   missing = -len(pieces) % layout.devices
   x = jnp.pad(pieces, [(0, missing)] + [(0, 0)] * (pieces.ndim - 1))
@@ -259,7 +263,12 @@ def spread(pieces: Array, layout: Layout) -> Array:
 
 
 def collect(matrices: Array, layout: Layout) -> Array:
-  """The inverse of `spread`, the zeros included."""
+  """The inverse of `spread`, the zeros included.
+
+  Args:
+    matrices: this device's share of the whole matrices.
+    layout: the layout that `spread` was given.
+  """
   x = matrices
   for axes, place in reversed(layout.cuts):
     x = lax.all_to_all(x, axes, place, 0, tiled=True)

@@ -212,7 +212,7 @@ def weights_identity(
   """The identity of a checkpoint's weights.
 
   Args:
-    step: of the checkpoint.
+    step: step of the checkpoint.
     stored: its run metadata.
     manifest: what it says of its arrays.
   """

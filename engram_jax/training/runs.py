@@ -133,16 +133,17 @@ class TrainedModel:
   """A checkpoint, ready for inference.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
+    config: config of the run.
+    step: step of the checkpoint.
     model: the transformer with its weights.
     tables: per Engram layer [R, d]; empty without a memory, or if not wanted.
     memory: None without a memory.
     tokenizer: the run's.
     setup: for the functions of `step.py`.
-    identity: of the checkpoint, to be compared with that of a row file.
-    text_digests: of the text that it was trained and rated on, by split; None
-      for one that its checkpoint does not know.
+    identity: identity of the checkpoint, to be compared with that of a row
+      file.
+    text_digests: digests of the text it was trained and evaluated on, by split;
+      None for one that its checkpoint does not know.
   """
 
   config: ExperimentConfig
@@ -162,6 +163,10 @@ def open_folder(
   """Makes the folder of a run, or enters that of the same run.
 
   Process 0 makes it; the others are to enter after it.
+
+  Args:
+    workdir: path of the folder, which need not exist.
+    config: config of the run.
 
   Raises:
     InputError: the folder holds a run of another config, a damaged
@@ -202,6 +207,10 @@ def make_memory(
 ) -> Memory | None:
   """The memory of a new run over its tokenizer; None for a model without one.
 
+  Args:
+    config: config of the run.
+    tokenizer: the tokenizer that its text is encoded with.
+
   Raises:
     InputError: a pad id that is no token, by its field of the config.
   """
@@ -222,6 +231,11 @@ def save_tokenizer_of_run(
 
   What is there stays once there is a checkpoint: it is the checkpoint's, see
   `companions.py`.
+
+  Args:
+    folder: folder of the run.
+    source: the tokenizer's file.
+    memory: the run's memory, which holds the compression; None without one.
   """
   begun = bool(folder.saved_steps())
   if not (begun and folder.tokenizer.exists()):
@@ -238,7 +252,7 @@ def load_run(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    step: step of the checkpoint; None for the newest.
     tables: False to leave them on the disk: the rows come from elsewhere.
 
   Raises:

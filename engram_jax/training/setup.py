@@ -42,8 +42,8 @@ class TrainSetup:
     train: fields of the run.
     graphdef: the model's structure, without its arrays.
     memory: None without a memory.
-    optimizer: of the parameters, for a learning rate of 1.
-    row_optimizer: of the tables.
+    optimizer: optimizer of the parameters, for a learning rate of 1.
+    row_optimizer: optimizer of the tables.
     schedule: learning rate of the backbone by step.
     mesh: the devices of a run on several; None on one.
     mesh_config: how rows travel between them.

@@ -71,7 +71,12 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(template: Any, leaves: dict[str, Any]) -> Any:
-  """The tree like `template` whose `flatten` is `leaves`."""
+  """The tree like `template` whose `flatten` is `leaves`.
+
+  Args:
+    template: a pytree of the wanted structure.
+    leaves: its leaves by name, as `flatten` gives them.
+  """
   paths, structure = jax.tree_util.tree_flatten_with_path(template)
   names = [parameter_name(path) for path, _ in paths]
   return jax.tree.unflatten(structure, [leaves[name] for name in names])

@@ -109,7 +109,7 @@ def train_step(
     batch: `inputs`, `targets` int32 [B, L], `breaks` int8 [B, L], `loss_mask`
       bool [B, L].
     setup: static.
-    capacity: of the exchange under a mesh; see `LookupCapacity`.
+    capacity: capacity of the exchange under a mesh; see `LookupCapacity`.
 
   Returns:
     The next state, and float32 metrics: `loss` (nats per token), `grad_norm`
@@ -210,7 +210,12 @@ def _rebalance(balance: nnx.State, load: Any, setup: TrainSetup) -> nnx.State:
 def make_train_step(
   setup: TrainSetup, *, capacity: int | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """`train_step` of `setup`, jitted, with the state donated."""
+  """`train_step` of `setup`, jitted, with the state donated.
+
+  Args:
+    setup: what `train_step` computes.
+    capacity: capacity of the exchange under a mesh; see `LookupCapacity`.
+  """
 
   def step(state, batch):
     return train_step(state, batch, setup=setup, capacity=capacity)

@@ -23,7 +23,6 @@ from engram_jax.analysis import hlo
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.presets import preset as find_preset
-from engram_jax.training.runs import abstract_state
 from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness, models
 
@@ -69,9 +68,9 @@ def compile_once(
   found = find_preset(preset)
   model = with_depth(found.model, layers)
   model = dataclasses.replace(model, scan_blocks=FORMS[form], remat="block")
-  program = models.make_program(model, found.train)
-  arguments = abstract_state(program), models.abstract_batch(batch, length)
-  step = make_train_step(program)
+  setup = models.make_setup(model, found.train)
+  arguments = setup.abstract_state(), models.abstract_batch(batch, length)
+  step = make_train_step(setup)
   times = [time.perf_counter()]
   traced = step.trace(*arguments)
   times.append(time.perf_counter())

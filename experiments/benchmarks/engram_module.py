@@ -28,7 +28,7 @@ from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, fuse, fuse_options
 from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.row_sparse import lazy_adam, sum_duplicates
+from engram_jax.memory.row_sparse import row_sparse, sum_duplicates
 from engram_jax.memory.table import init_table, lookup
 from experiments.benchmarks import harness
 
@@ -128,7 +128,8 @@ def contender(
     jitted = jax.jit(plain[line])
     return functools.partial(jitted, params, hidden, table), num_rows
 
-  adam, row_adam = optax.adam(RATE), lazy_adam()
+  adam = optax.adam(RATE)
+  row_adam = row_sparse(optax.scale_by_adam(b2=0.95))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state):

@@ -278,7 +278,8 @@ def in_child(
   """Calls a function in a process of its own.
 
   Args:
-    function: of a module's top level; it returns a dict that JSON can hold.
+    function: a function at a module's top level; it returns a dict that JSON
+      can hold.
     env: what its environment has besides this one's.
     timeout: seconds after which the process is ended; None for no limit.
     **arguments: its keyword arguments, which JSON can hold too.

@@ -55,7 +55,7 @@ def ways(
 
   Args:
     tables: uint8 [R, n] per layer.
-    row_format: of the rows.
+    row_format: format of the rows.
     device: whether the tables are put on the device, too.
   """
   host, buffers = HostStore(tables, row_format), Buffers()

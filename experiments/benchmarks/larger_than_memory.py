@@ -35,7 +35,6 @@ from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import prepare
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import require
-from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.memory import Memory
 from engram_jax.presets import preset as find_preset
 from engram_jax.stores.host_stores import FileStore
@@ -129,27 +128,23 @@ def compare(
 
   Args:
     model: with a memory of the file's rows.
-    path: of the row file.
+    path: path of the row file.
     text: int32 [B, L].
     caches_mib: see the flags.
     prompt: see the flags.
     before: see the flags.
     few: rows of a head of the resident tables.
   """
-  hashing, parts = counting_hash(model), dict(prompt=prompt, before=before)
-  weights = random_model(model)
-  compression = TokenCompression.identity(model.vocab_size)
-  memory = Memory(model.engram, compression, hashing)
-  fewer = fixtures.with_rows(model, few)
-  small = counting_hash(fewer)
+  weights, parts = random_model(model), dict(prompt=prompt, before=before)
+  memory, small = (
+    Memory.create(of.engram, vocab_size=of.vocab_size)
+    for of in (model, fixtures.with_rows(model, few))
+  )
+  hashing = memory.hashing
   row_format = RowFile(path, hashing=hashing).header.row_format
   tables = fixtures.make_rows(small.num_rows, row_format)
   tables = fixtures.to_tables(tables, row_format)
-  resident = Decoder(
-    weights,
-    Memory(fewer.engram, compression, small),
-    TableStore(tables),
-  )
+  resident = Decoder(weights, small, TableStore(tables))
   timed(resident, text, **parts)  # compiles
   count = text[:, prompt + before :].size
   points, scales = [], []

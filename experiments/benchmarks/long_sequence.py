@@ -32,7 +32,6 @@ from engram_jax.config import ModelConfig
 from engram_jax.errors import InputError, require
 from engram_jax.presets import preset as find_preset
 from engram_jax.run_config import TrainConfig
-from engram_jax.training.runs import abstract_state, new_state
 from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness, models
 
@@ -103,12 +102,12 @@ def one_step(
   train = dataclasses.replace(
     found.train, batch_size=1, seq_len=length, accumulation=1
   )
-  program = models.make_program(*in_form(form, found.model, train, **pieces))
-  state, compiled = abstract_state(program), None
+  setup = models.make_setup(*in_form(form, found.model, train, **pieces))
+  state, compiled = setup.abstract_state(), None
 
   def build():
     nonlocal compiled
-    step = make_train_step(program)
+    step = make_train_step(setup)
     compiled = step.lower(state, models.abstract_batch(1, length)).compile()
 
   seconds = harness.seconds(build)
@@ -125,8 +124,8 @@ def one_step(
     if form != "plain":
       raise
     return {**answer, "refused_by": str(error)}
-  state = jax.block_until_ready(new_state(program))
-  take = models.steps(compiled, state, models.make_batches(program, 1))
+  state = jax.block_until_ready(setup.init_state())
+  take = models.steps(compiled, state, models.make_batches(setup, 1))
   del state
   metrics = {}
   seconds = harness.seconds(lambda: metrics.update(take()))

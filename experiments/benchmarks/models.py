@@ -15,14 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from engram_jax import sharding
-from engram_jax.analysis.accounting import counting_hash
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.weights import DecodingModel, for_decoding
-from engram_jax.memory.compression import TokenCompression
+from engram_jax.memory.memory import Memory
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.setup import TrainSetup
-from engram_jax.training.state import abstract_model
 from experiments.benchmarks import harness
 
 Batch = dict[str, jax.Array]
@@ -35,7 +33,7 @@ DTYPES = {
 }
 
 
-def make_program(
+def make_setup(
   model: ModelConfig,
   train: TrainConfig,
   *,
@@ -43,15 +41,11 @@ def make_program(
   mesh_config: MeshConfig = DEFAULT_MESH,
 ) -> TrainSetup:
   """The training of a model on raw token ids."""
-  hashing = counting_hash(model)
+  memory = None
+  if model.engram is not None:
+    memory = Memory.create(model.engram, vocab_size=model.vocab_size)
   return TrainSetup.create(
-    model,
-    train,
-    abstract_model(model)[0],
-    hashing=hashing,
-    compression=hashing and TokenCompression.identity(model.vocab_size),
-    mesh=mesh,
-    mesh_config=mesh_config,
+    model, train, memory, mesh=mesh, mesh_config=mesh_config
   )
 
 
@@ -65,13 +59,13 @@ def abstract_batch(
   }
 
 
-def make_batches(program: TrainSetup, count: int) -> list[Batch]:
-  """So many batches of random tokens, on the program's devices."""
-  train, rng = program.train, harness.rng()
+def make_batches(setup: TrainSetup, count: int) -> list[Batch]:
+  """So many batches of random tokens, on the setup's devices."""
+  train, rng = setup.train, harness.rng()
   shape = train.batch_size, train.seq_len + 1
   batches = []
   for _ in range(count):
-    tokens = rng.integers(0, program.model.vocab_size, shape)
+    tokens = rng.integers(0, setup.model.vocab_size, shape)
     arrays = {
       "inputs": tokens[:, :-1],
       "targets": tokens[:, 1:],
@@ -79,7 +73,7 @@ def make_batches(program: TrainSetup, count: int) -> list[Batch]:
       "loss_mask": np.ones_like(tokens[:, 1:]),
     }
     batch = {k: jnp.asarray(x, DTYPES[k]) for k, x in arrays.items()}
-    batches.append(sharding.place_batch(batch, program.mesh))
+    batches.append(sharding.place_batch(batch, setup.mesh))
   return batches
 
 

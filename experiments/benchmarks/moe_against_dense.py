@@ -25,7 +25,6 @@ from engram_jax.analysis.accounting import (
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.presets import preset as find_preset
-from engram_jax.training.runs import new_state
 from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness
 from experiments.benchmarks import models as runs
@@ -100,9 +99,9 @@ def contender(
   model: ModelConfig, train: Any
 ) -> tuple[Callable[[], Any], float]:
   """A function whose every call is one step, and the step's FLOP."""
-  program = runs.make_program(model, train)
-  batches, state = runs.make_batches(program, 4), new_state(program)
-  compiled = make_train_step(program).lower(state, batches[0]).compile()
+  setup = runs.make_setup(model, train)
+  batches, state = runs.make_batches(setup, 4), setup.init_state()
+  compiled = make_train_step(setup).lower(state, batches[0]).compile()
   work = estimates.work(compiled.as_text())
   flops = sum(o.times * o.flops for o in work.operations)
   return runs.steps(compiled, state, batches), flops

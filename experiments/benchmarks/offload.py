@@ -43,7 +43,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.analysis.accounting import counting_hash
 from engram_jax.analysis.plots import plot_lines
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.decoders import (
@@ -53,8 +52,6 @@ from engram_jax.decoding.decoders import (
 from engram_jax.decoding.generate import pad_prompts
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import InputError, require
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.memory import Memory
 from engram_jax.presets import preset as find_preset
 from engram_jax.stores.host_stores import FileStore, HostStore
@@ -114,22 +111,15 @@ class Subject:
 
   Attributes:
     model: as decoding takes it.
-    hashing: of raw token ids.
-    compression: the identity.
+    memory: hash of raw token ids, without a tokenizer.
     batches: prompts, padded: int32 [B, L] and [B].
     new_tokens: decoded after the last batch.
   """
 
   model: DecodingModel
-  hashing: NgramHash
-  compression: TokenCompression
+  memory: Memory
   batches: list[tuple[jax.Array, jax.Array]]
   new_tokens: int
-
-  @property
-  def memory(self) -> Memory:
-    engram = self.model.config.engram
-    return Memory(engram, self.compression, self.hashing)
 
   @property
   def capacity(self) -> int:
@@ -168,8 +158,7 @@ def make_subject(
   texts = [rng.choice(size, n, p=chances).tolist() for n in lengths]
   return Subject(
     random_model(config),
-    counting_hash(config),
-    TokenCompression.identity(size),
+    Memory.create(config.engram, vocab_size=size),
     [
       pad_prompts(texts[i : i + batch], vocab_size=size)
       for i in range(0, prompts, batch)
@@ -280,7 +269,7 @@ def compare(
     not have, and why; `latency`, a point per delay: the ratio of each phase
     `without` and `with` prefetch; `targets`.
   """
-  rows = make_rows(subject.hashing.num_rows, row_format)
+  rows = make_rows(subject.memory.num_rows, row_format)
   host = HostStore(rows, row_format)
   stores: dict[str, RowStore] = {"host": host}
   left_out = {}
@@ -288,7 +277,7 @@ def compare(
     stores["pinned"] = PinnedStore(rows, row_format)
   except InputError as error:
     left_out["pinned"] = str(error)
-  file = make_row_file(folder / "rows", subject.hashing, row_format)
+  file = make_row_file(folder / "rows", subject.memory.hashing, row_format)
   stores["file"] = FileStore(file)
   slow = {
     f"{delay:g} ms": SlowStore(host, delay_s=delay / 1e3) for delay in delays_ms

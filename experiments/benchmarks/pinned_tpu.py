@@ -26,76 +26,72 @@ import importlib.metadata
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
 from engram_jax.analysis import compiled as analysis
-from engram_jax.config import ModelConfig
-from engram_jax.decoding.decoders import Decoded
+from engram_jax.decoding.decoders import Decoded, lookup_chunk
 from engram_jax.decoding.forward import lower_blocks, upper_blocks
 from engram_jax.decoding.state import DecodeState, init_state
-from engram_jax.decoding.weights import for_decoding
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.decoding.weights import DecodingModel, for_decoding
 from engram_jax.memory.memory import Memory
-from engram_jax.memory.table import lookup
 from engram_jax.presets import Preset
 from engram_jax.presets import preset as find_preset
-from engram_jax.stores.pinned import gather_on_host, pinned_format
+from engram_jax.stores.pinned import pinned_format
+from engram_jax.stores.program_stores import (
+  DeviceStore,
+  PinnedStore,
+  ProgramStore,
+)
 from engram_jax.stores.quantization import RowFormat
-from engram_jax.stores.store import PackedRows, unpack
-from engram_jax.training.state import abstract_model
+from engram_jax.training.setup import TrainSetup
 from experiments.benchmarks import harness, models
 from experiments.compile_for_pod import HBM_GIB, devices_of
 
-#: How each home's rows are read in a program.
-GATHERS = {"device": lookup, "pinned": gather_on_host}
+#: The stores by home.
+STORES = {"device": DeviceStore, "pinned": PinnedStore}
 #: An untiled table is rounded up to so many bytes.
 ROUNDED = 1024
 
-Step = Callable[..., Decoded]
+
+@functools.partial(jax.jit, static_argnames="memory", donate_argnames="state")
+def step(
+  model: DecodingModel,
+  memory: Memory,
+  store: ProgramStore,
+  state: DecodeState,
+  token_ids: jax.Array,
+  lengths: jax.Array,
+) -> Decoded:
+  """A whole step of decoding as one program; token ids [B, L], lengths [B]."""
+  rows, history = lookup_chunk(store, memory, state.history, token_ids, lengths)
+  streams, cache = lower_blocks(model, state.cache, token_ids)
+  logits, cache = upper_blocks(model, streams, cache, rows, lengths)
+  return logits, DecodeState(cache, history)
 
 
-def make_step(
-  hashing: NgramHash,
-  compression: TokenCompression,
-  row_format: RowFormat,
-  *,
-  home: str,
-) -> Step:
-  """A jitted step of decoding with packed tables in a home of `GATHERS`.
-
-  Its arguments are model, tables (uint8 [R, n] per layer), state, token ids
-  [B, L] and lengths [B]; the state is donated.
-  """
-  gather = GATHERS[home]
-
-  @functools.partial(jax.jit, donate_argnames="state")
-  def step(model, tables, state, token_ids, lengths):
-    canonical = compression(token_ids)
-    row_ids = hashing.hash(canonical, history=state.history)
-    packed = {layer: gather(tables[layer], i) for layer, i in row_ids.items()}
-    rows = unpack(PackedRows(packed, dict.fromkeys(packed)), row_format)
-    streams, cache = lower_blocks(model, state.cache, token_ids)
-    logits, cache = upper_blocks(model, streams, cache, rows, lengths)
-    history = hashing.next_history(
-      canonical, history=state.history, lengths=lengths
-    )
-    return logits, DecodeState(cache, history)
-
-  return step
+def abstract_store(
+  memory: Memory, row_format: RowFormat, *, home: str, place: Format | Sharding
+) -> ProgramStore:
+  """A store of shapes, of the memory's size and in this place."""
+  size = row_format.bytes_per_row
+  one = np.zeros((1, size), np.uint8)
+  store = STORES[home](dict.fromkeys(memory.layers, one), row_format)
+  shapes = {
+    layer: jax.ShapeDtypeStruct((rows, size), jnp.uint8, sharding=place)
+    for layer, rows in memory.num_rows.items()
+  }
+  return jax.tree.unflatten(jax.tree.structure(store), jax.tree.leaves(shapes))
 
 
 def abstract_arguments(
-  model: ModelConfig,
-  hashing: NgramHash,
+  setup: TrainSetup,
   row_format: RowFormat,
   *,
   home: str,
@@ -105,33 +101,23 @@ def abstract_arguments(
   capacity: int,
 ) -> tuple[Any, ...]:
   """Shapes, dtypes and places of a step's arguments on one device."""
-  there = pinned_format(device)
-
-  def placed(tree: Any, place: Format | Sharding) -> Any:
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-    )
-
-  compression = TokenCompression.identity(hashing.vocab_size)
-  memory = Memory(model.engram, compression, hashing)
-  graph, params, balance = abstract_model(model)
-  model = nnx.merge(graph, params, balance)
-  model = jax.eval_shape(for_decoding, model)
+  memory, there = setup.memory, pinned_format(device)
+  here = there.sharding.with_memory_kind("device")
+  state = setup.abstract_state()
+  model = jax.eval_shape(for_decoding, setup.merge_model(state))
   state = jax.eval_shape(
     lambda model: init_state(model, memory, batch=batch, capacity=capacity),
     model,
   )
-  size = row_format.bytes_per_row
-  tables = {
-    layer: jax.ShapeDtypeStruct((rows, size), jnp.uint8)
-    for layer, rows in hashing.num_rows.items()
-  }
   ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
   lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  here = there.sharding.with_memory_kind("device")
-  tables = placed(tables, there if home == "pinned" else here)
-  model, state, ids, lengths = placed((model, state, ids, lengths), here)
-  return model, tables, state, ids, lengths
+  model, state, ids, lengths = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    (model, state, ids, lengths),
+  )
+  place = there if home == "pinned" else here
+  store = abstract_store(memory, row_format, home=home, place=place)
+  return model, memory, store, state, ids, lengths
 
 
 def bytes_of(tree: Any) -> int:
@@ -153,11 +139,11 @@ def compile_step(
   Args:
     config: a model with a memory, and its training.
     device: to compile for.
-    home: of `GATHERS`.
+    home: where the tables lie and how they are gathered, one of `STORES`.
     tokens: L.
     batch: B.
     capacity: tokens of one sequence in the cache.
-    row_format: of the packed rows.
+    row_format: format of the packed rows.
 
   Returns:
     `model_bytes`, `tables_bytes` and `state_bytes` as they are; `fits`, the
@@ -165,28 +151,24 @@ def compile_step(
     `peak` with the host's arguments) and `host_memory`, in bytes, and how many
     `copies_of_tables` on the device each step makes.
   """
-  program = models.make_program(config.model, config.train)
-  hashing = program.hashing
-  fmt = RowFormat(row_format, config.model.engram.head_dim)
+  setup = models.make_setup(config.model, config.train)
   arguments = abstract_arguments(
-    config.model,
-    hashing,
-    fmt,
+    setup,
+    RowFormat(row_format, config.model.engram.head_dim),
     home=home,
     device=device,
     batch=batch,
     tokens=tokens,
     capacity=capacity,
   )
-  model, tables, state, *_ = arguments
+  model, _, store, state, *_ = arguments
   found = {
     "home": home,
     "tokens": tokens,
     "model_bytes": bytes_of(model),
     "state_bytes": bytes_of(state),
-    "tables_bytes": bytes_of(tables),
+    "tables_bytes": bytes_of(store),
   }
-  step = make_step(hashing, program.compression, fmt, home=home)
   lowered = step.trace(*arguments).lower(lowering_platforms=(device.platform,))
   start = time.perf_counter()
   try:
@@ -210,7 +192,7 @@ def compile_step(
     },
     "copies_of_tables": sum(
       len(analysis.of_table(copies, rows=rows, width=width, devices=1))
-      for rows, width in {table.shape for table in tables.values()}
+      for rows, width in {table.shape for table in store.tables.values()}
     ),
   }
 
@@ -236,7 +218,7 @@ def measure(
     hbm = HBM_GIB.get(topology.partition(":")[0])
     about = {"preset": preset, "topology": topology, "hbm_gib": hbm}
     about["device_kind"] = device.device_kind
-    for tokens, home in itertools.product((chunk, 1), GATHERS):
+    for tokens, home in itertools.product((chunk, 1), STORES):
       print(f"{topology}, {preset}, {home}, {tokens} tokens ...", flush=True)
       record = compile_step(
         config, device=device, home=home, tokens=tokens, **sizes

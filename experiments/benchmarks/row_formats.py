@@ -80,8 +80,8 @@ def paired(losses: Losses, base: Losses) -> tuple[float, float]:
   """The difference of the means, and its standard error over batches.
 
   Args:
-    losses: of two batches or more.
-    base: of the same batches.
+    losses: losses of two batches or more.
+    base: losses of the same batches to compare with.
   """
   targets, count = base[:, 1], len(base)
   differences = losses[:, 0] - base[:, 0]
@@ -93,13 +93,13 @@ def paired(losses: Losses, base: Losses) -> tuple[float, float]:
 
 
 def reads_of(
-  program: TrainSetup, batches: Sequence[Batch]
+  setup: TrainSetup, batches: Sequence[Batch]
 ) -> dict[int, np.ndarray]:
   """int [R] per layer: how often the positions with a target read each row."""
-  rows = program.hashing.num_rows
+  rows = setup.memory.num_rows
   reads = {layer: np.zeros(count, np.int64) for layer, count in rows.items()}
   for batch in batches:
-    for layer, ids in batch_row_ids(program, batch).items():
+    for layer, ids in batch_row_ids(setup, batch).items():
       ids = ids[np.asarray(batch["loss_mask"])].reshape(-1)
       reads[layer] += np.bincount(ids, minlength=rows[layer])
   return reads
@@ -116,8 +116,8 @@ def error_of(
   Args:
     tables: [R, d] per layer, padding included.
     packed: uint8 [R, n] per layer.
-    row_format: of the packed rows.
-    weights: of each row, [R] per layer.
+    row_format: format of the packed rows.
+    weights: weight of each row, [R] per layer.
   """
   error = square = 0.0
   for layer, table in packed.items():
@@ -143,21 +143,20 @@ def compare(trained: TrainedModel, batches: Sequence[Batch]) -> harness.Figures:
     InputError: a model without memory, or fewer than two batches.
     RuntimeError: float32's loss is not the tables'.
   """
-  require(trained.hashing is not None, "workdir", "no memory", "a run with one")
+  require(trained.memory is not None, "workdir", "no memory", "a run with one")
   found, valid = len(batches), "2 or more: an error is over batches"
   require(found >= 2, "batches", found, valid)
-  program = trained.setup
   store = TableStore(trained.tables)
   losses = {
     memory: losses_of(trained, store, batches, memory=memory)
     for memory in MEMORY_MODES
   }
-  on, reads = mean(losses["on"]), reads_of(program, batches)
+  on, reads = mean(losses["on"]), reads_of(trained.setup, batches)
   worth = mean(losses["off"]) - on
   formats, base = {}, None
   for name in FORMATS:
     try:
-      packed, fmt = pack_tables(trained.tables, trained.hashing, name)
+      packed, fmt = pack_tables(trained.tables, trained.memory.hashing, name)
     except InputError as error:
       formats[name] = {"refused": str(error)}
       continue

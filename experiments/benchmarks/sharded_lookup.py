@@ -1,4 +1,4 @@
-"""Rows fetched from all devices: time, and bytes sent.
+"""Rows looked up on all devices: time, and bytes sent.
 
   python -m experiments.benchmarks.sharded_lookup
 
@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -33,13 +32,13 @@ from engram_jax.errors import require
 from engram_jax.memory import exchange
 from engram_jax.memory.table import lookup
 from engram_jax.run_config import MeshConfig
-from engram_jax.training.setup import Capacity
+from engram_jax.training.setup import LookupCapacity
 from experiments.benchmarks import harness
 from experiments.benchmarks.fixtures import DISTRIBUTIONS, draw_ids
 
 STRATEGIES = ("exchange", "gather", "plain")
 #: What is timed.
-FETCH, BOTH = WHAT = ("fetch", "fetch + send_home")
+LOOKED_UP, BOTH = WHAT = ("lookup", "lookup + reduce")
 LAYER = 1
 NOTE = (
   "Simulated devices are threads that share this machine's cores and memory: "
@@ -83,13 +82,10 @@ def demand(ids: np.ndarray, rows: int) -> dict[str, float]:
 
 def capacity_for(number: int, devices: int, needed: int) -> int:
   """Room of the exchange, as a training run comes to have it."""
-  shape = {LAYER: jax.ShapeDtypeStruct((devices, number, 1), jnp.int32)}
-  full = exchange.ids_per_device(shape, devices)
   factor = MeshConfig().lookup_capacity
-  first = exchange.mean_capacity(shape, devices, factor=factor)
-  capacity = Capacity(first, full)
-  capacity.suffices(needed)
-  return capacity.rows
+  first = exchange.mean_capacity(number, devices, factor=factor)
+  capacity = LookupCapacity(first, number)
+  return capacity.rows if first >= needed else capacity.grown(needed).rows
 
 
 def make_form(
@@ -99,7 +95,7 @@ def make_form(
   the owners of the rows then have."""
   if strategy == "plain":
 
-    def fetch(table, ids, gradients):
+    def look_up(table, ids, gradients):
       del gradients
       return lookup(table, ids)
 
@@ -110,8 +106,8 @@ def make_form(
     tokens, home = (
       NamedSharding(mesh, spec) for spec in (sharding.TOKENS, sharding.TABLE)
     )
-    if what == FETCH:
-      return jax.jit(fetch, out_shardings=tokens)
+    if what == LOOKED_UP:
+      return jax.jit(look_up, out_shardings=tokens)
     return jax.jit(both, out_shardings=(tokens, home))
 
   def form(table, ids, gradients):
@@ -119,7 +115,7 @@ def make_form(
       found, plan = exchange.lookup(
         {LAYER: table}, {LAYER: ids}, strategy=strategy, capacity=capacity
       )
-      if what == FETCH:
+      if what == LOOKED_UP:
         return found[LAYER]
       home = exchange.reduce_row_gradients(
         plan, {LAYER: gradients}, num_rows={LAYER: table.shape[0]}
@@ -167,7 +163,7 @@ def check(
   np.add.at(expected, ids.reshape(-1), gradients.reshape(-1, width))
   for (strategy, what), form in forms.items():
     found = form(*arguments)
-    found, home = (found, expected) if what == FETCH else found
+    found, home = (found, expected) if what == LOOKED_UP else found
     if not hasattr(home, "shape"):  # `RowGradients` that lie at the owners
       shard, dense = rows // len(ids), np.zeros_like(table)
       row_ids = np.asarray(home.row_ids).reshape(len(ids), -1)
@@ -194,7 +190,7 @@ def on_devices(
   Args:
     devices: as many as this process has, 2 at least.
     ids: M of each device.
-    distributions: of the ids, some of `DISTRIBUTIONS`.
+    distributions: distributions of the ids, some of `DISTRIBUTIONS`.
     rows: R, rounded up to a multiple of the devices.
     width: d, float32.
     repeats: timed turns of each form; a turn is one call with many ids, and up

@@ -36,10 +36,8 @@ from flax import nnx
 from engram_jax import sharding
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
-from engram_jax.memory.lookup import retrieve
 from engram_jax.run_config import MeshConfig, TrainConfig
 from engram_jax.training.losses import cross_entropy
-from engram_jax.training.runs import new_state
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
@@ -76,7 +74,7 @@ ON_A_MESH = {
 }
 
 
-def make_program(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
+def make_setup(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
   """The training of a small transformer with about so many rows."""
   heads, width = sizes["heads"], sizes["hidden_size"]
   found = jax.device_count()
@@ -114,28 +112,25 @@ def make_program(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
   )
   # One of several is a run without a mesh, on the first.
   mesh = sharding.make_mesh(MeshConfig()) if devices > 1 else None
-  return models.make_program(model, train, mesh=mesh)
+  return models.make_setup(model, train, mesh=mesh)
 
 
-def table_adam(program: TrainSetup) -> optax.GradientTransformation:
+def table_adam(setup: TrainSetup) -> optax.GradientTransformation:
   """Adam over whole tables, for a learning rate of 1."""
-  train = program.train
+  train = setup.train
   return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
 
 
-def make_dense_step(program: TrainSetup) -> Callable:
+def make_dense_step(setup: TrainSetup) -> Callable:
   """The step without the library's idea: differentiate through the lookup.
 
   The same loss, clipping and rates; `table_states` are optax's.
   """
-  train, adam = program.train, table_adam(program)
+  train, adam = setup.train, table_adam(setup)
 
   def loss(params, tables, balance, batch):
-    canonical = program.compression(batch["inputs"])
-    rows, _ = retrieve(
-      tables, program.hashing, canonical, breaks=batch["breaks"]
-    )
-    model = nnx.merge(program.graph, params, balance)
+    rows = setup.lookup(tables, batch).rows
+    model = nnx.merge(setup.graphdef, params, balance)
     out = model(batch["inputs"], rows, breaks=batch["breaks"])
     mask = batch["loss_mask"]
     total = cross_entropy(out.logits, batch["targets"], mask)
@@ -148,8 +143,8 @@ def make_dense_step(program: TrainSetup) -> Callable:
     norm = optax.global_norm(gradients)
     clip = jnp.minimum(1.0, train.clip_norm / norm)
     by_params, by_tables = jax.tree.map(lambda g: g * clip, gradients)
-    rate = program.schedule(state.step)
-    updates, opt_state = program.optimizer.update(
+    rate = setup.schedule(state.step)
+    updates, opt_state = setup.optimizer.update(
       by_params, state.opt_state, state.params
     )
     moves, table_states = {}, {}
@@ -176,28 +171,30 @@ def make_dense_step(program: TrainSetup) -> Callable:
   return jax.jit(step, donate_argnums=0)
 
 
-def make_state(program: TrainSetup, form: str) -> TrainState:
+def make_state(setup: TrainSetup, form: str) -> TrainState:
   """The state of a run, every page of it real."""
-  state = new_state(program)
+  state = setup.init_state()
   if form == "dense":
-    init = jax.jit(table_adam(program).init)
+    init = jax.jit(table_adam(setup).init)
     states = {layer: init(table) for layer, table in state.tables.items()}
     state = dataclasses.replace(state, table_states=states)
   tables, states = harness.resident((state.tables, state.table_states))
   return dataclasses.replace(state, tables=tables, table_states=states)
 
 
-def room(program: TrainSetup, batches: Sequence[models.Batch]) -> int | None:
+def room(setup: TrainSetup, batches: Sequence[models.Batch]) -> int | None:
   """The capacity that a training run over these batches comes to have."""
-  capacity = program.capacity(batches[0])
+  capacity = setup.lookup_capacity(batches[0])
   if capacity.rows is None:
     return None
-  devices = sharding.size(program.mesh)
-  shard = sharding.padded_rows(program.hashing.num_rows[LAYER], devices)
-  row_ids = jax.jit(program.row_ids)
+  devices = sharding.size(setup.mesh)
+  shard = sharding.padded_rows(setup.memory.num_rows[LAYER], devices)
   for batch in batches:
-    for part in np.split(np.asarray(row_ids(batch)[LAYER]), devices):
-      capacity.suffices(np.bincount(np.unique(part) * devices // shard).max())
+    ids = setup.memory.row_ids_numpy(batch["inputs"], breaks=batch["breaks"])
+    for part in np.split(ids[LAYER], devices):
+      needed = np.bincount(np.unique(part) * devices // shard).max()
+      if not capacity.suffices(needed):
+        capacity = capacity.grown(needed)
   return capacity.rows
 
 
@@ -237,18 +234,18 @@ def in_turns(
   harness.require_memory("rows", [rows for _, rows in runs], needed)
   cases, records = {}, []
   for i, (form, rows) in enumerate(runs):
-    program = make_program(rows, devices=devices, **sizes)
-    batches = models.make_batches(program, 16)
-    record = {"form": form, "rows": program.hashing.num_rows[LAYER]}
+    setup = make_setup(rows, devices=devices, **sizes)
+    batches = models.make_batches(setup, 16)
+    record = {"form": form, "rows": setup.memory.num_rows[LAYER]}
     record["table_mib"] = round(record["rows"] * width / harness.MIB, 1)
     if form == "dense":
-      step = make_dense_step(program)
+      step = make_dense_step(setup)
     else:
-      capacity = room(program, batches)
-      step = make_train_step(program, capacity=capacity)
+      capacity = room(setup, batches)
+      step = make_train_step(setup, capacity=capacity)
       record |= {"capacity": capacity} if devices > 1 else {}
     records.append(record)
-    cases[i] = models.steps(step, make_state(program, form), batches)
+    cases[i] = models.steps(step, make_state(setup, form), batches)
   times = harness.interleaved(cases, repeats=repeats)
   for i, record in enumerate(records):
     metrics = cases[i]()

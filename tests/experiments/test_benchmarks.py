@@ -156,19 +156,19 @@ def test_table_scaling_refuses(run, devices, message):
 
 
 def test_sparse_and_dense_steps_start_alike():
-  program = table_scaling.make_program(100, **MODEL_SIZES)
-  (batch,) = models.make_batches(program, 1)
+  setup = table_scaling.make_setup(100, **MODEL_SIZES)
+  (batch,) = models.make_batches(setup, 1)
   makers = {
     "sparse": make_train_step,
     "dense": table_scaling.make_dense_step,
   }
   found = {}
   for form, make in makers.items():
-    state = table_scaling.make_state(program, form)
+    state = table_scaling.make_state(setup, form)
     # The moments as a run has them at its start.
     states = jax.tree.map(jnp.zeros_like, state.table_states)
     state = dataclasses.replace(state, table_states=states)
-    found[form] = make(program)(state, batch)
+    found[form] = make(setup)(state, batch)
   (sparse, by_rows), (dense, by_table) = found["sparse"], found["dense"]
   for name in ("loss", "grad_norm"):
     np.testing.assert_allclose(by_rows[name], by_table[name], rtol=1e-5)

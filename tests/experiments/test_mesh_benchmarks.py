@@ -8,7 +8,12 @@ import pytest
 from engram_jax.errors import InputError
 from experiments.benchmarks import harness, sharded_lookup, table_scaling
 from experiments.benchmarks.fixtures import draw_ids
-from experiments.benchmarks.sharded_lookup import BOTH, FETCH, STRATEGIES, WHAT
+from experiments.benchmarks.sharded_lookup import (
+  BOTH,
+  LOOKED_UP,
+  STRATEGIES,
+  WHAT,
+)
 from tests.experiments.test_benchmarks import MODEL_SIZES
 
 LOOKUP = dict(
@@ -77,13 +82,13 @@ def test_lookup():
       assert set(found) == {"median_ms", "min_ms", "sent", "least", "wasted"}
       assert 0 < found["least"] < found["sent"]
       assert found["wasted"] == 1 - found["least"] / found["sent"]
-    assert record[BOTH]["least"] == 2 * record[FETCH]["least"]
+    assert record[BOTH]["least"] == 2 * record[LOOKED_UP]["least"]
   exchange, gather, _ = records
   ids, row = 4, 16
   sent = exchange["capacity"] * (ids + row)  # to the other device
-  assert exchange[FETCH]["sent"] == sent
+  assert exchange[LOOKED_UP]["sent"] == sent
   assert exchange[BOTH]["sent"] == sent + exchange["capacity"] * row
-  assert gather[FETCH]["sent"] == 8 * (ids + row)
+  assert gather[LOOKED_UP]["sent"] == 8 * (ids + row)
 
 
 def test_strategies_that_disagree_are_found_out():
@@ -91,13 +96,13 @@ def test_strategies_that_disagree_are_found_out():
   table = np.ones((6, 4), np.float32)
   gradients = np.ones((*ids.shape, 4), np.float32)
   arguments = (table, ids, gradients)
-  good = {("plain", FETCH): lambda table, ids, gradients: table[ids]}
+  good = {("plain", LOOKED_UP): lambda table, ids, gradients: table[ids]}
   sharded_lookup.check(good, arguments, table)
-  bad = {("plain", FETCH): lambda table, ids, gradients: 2 * table[ids]}
-  with pytest.raises(RuntimeError, match="plain, fetch: not what the table"):
+  bad = {("plain", LOOKED_UP): lambda table, ids, gradients: 2 * table[ids]}
+  with pytest.raises(RuntimeError, match="plain, lookup: not what the table"):
     sharded_lookup.check(bad, arguments, table)
   bad = {("plain", BOTH): lambda table, ids, gradients: (table[ids], table)}
-  with pytest.raises(RuntimeError, match=r"plain, fetch \+ send_home: not"):
+  with pytest.raises(RuntimeError, match=r"plain, lookup \+ reduce: not"):
     sharded_lookup.check(bad, arguments, table)
 
 

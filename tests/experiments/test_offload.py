@@ -84,7 +84,7 @@ def test_every_figure_is_there(subject, row_format, tmp_path, packed):
 
 
 def test_other_tokens_are_an_error(subject, row_format):
-  rows = fixtures.make_rows(subject.hashing.num_rows, row_format)
+  rows = fixtures.make_rows(subject.memory.num_rows, row_format)
   tables = fixtures.to_tables(rows, row_format)
   # The head is small: rows this loud change what is drawn.
   wrong = {i: 100 * table[::-1] for i, table in tables.items()}

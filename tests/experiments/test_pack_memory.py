@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError
 from engram_jax.identity import WeightsIdentity
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
+from engram_jax.memory.memory import Memory
 from engram_jax.memory.table import lookup
 from engram_jax.stores.host_stores import FileStore
 from engram_jax.stores.quantization import unpack_rows
@@ -21,19 +21,23 @@ from experiments.pack_memory import pack_memory
 
 def model(width=32, layers=(1, 3), padding=5):
   """What `pack_memory` asks of a trained model."""
-  compression = TokenCompression.identity(50)
-  hashing = NgramHash.create(
-    vocab_size=50, rows_per_head=(60,), heads=2, layers=layers, pad_id=2
+  config = EngramConfig(
+    hidden_size=8,
+    layers=layers,
+    rows_per_head=(60,),
+    heads=2,
+    head_dim=width,
+    pad_id=2,
   )
+  memory = Memory.create(config, vocab_size=50)
   random = np.random.default_rng(0)
   tables = {
     layer: jnp.asarray(random.normal(size=(rows + padding, width)), jnp.float32)
-    for layer, rows in hashing.num_rows.items()
+    for layer, rows in memory.num_rows.items()
   }
   return types.SimpleNamespace(
     tables=tables,
-    hashing=hashing,
-    compression=compression,
+    memory=memory,
     identity=WeightsIdentity("ab" * 32, 4, "cd" * 32),
   )
 
@@ -48,7 +52,7 @@ def test_the_model_reads_its_rows_from_the_file(
   monkeypatch.setattr(program_module, "CHUNK", 50)  # several, the last short
   trained = model()
   errors = pack_memory(trained, tmp_path / "rows", name)
-  hashing, digest = trained.hashing, trained.compression.digest
+  hashing, digest = trained.memory.hashing, trained.memory.compression.digest
   file = RowFile(tmp_path / "rows", hashing=hashing, compression_digest=digest)
   file.verify()
   assert file.header.made_from == trained.identity
@@ -77,7 +81,7 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
   bad.tables[3] = bad.tables[3].at[7, 0].set(jnp.nan)
   with pytest.raises(InputError, match=r"tables\[3\]: .*rows 0 to .*; valid:"):
     pack_memory(bad, path, "int8")
-  none = types.SimpleNamespace(tables={}, hashing=None, compression=None)
+  none = types.SimpleNamespace(tables={}, memory=None)
   with pytest.raises(InputError, match="workdir: no memory; valid: a run of"):
     pack_memory(none, path, "fp8")
   assert not list(tmp_path.iterdir())

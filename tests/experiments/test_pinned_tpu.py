@@ -15,21 +15,14 @@ from flax import nnx
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.state import init_state
 from engram_jax.decoding.weights import for_decoding
-from engram_jax.memory.memory import Memory
 from engram_jax.stores.open_store import pack_tables
-from engram_jax.stores.program_stores import (
-  DeviceStore,
-  PinnedStore,
-  TableStore,
-)
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.stores.quantization import unpack_rows
-from engram_jax.training.state import abstract_model
 from experiments.benchmarks import pinned_tpu
-from experiments.benchmarks.models import make_program
+from experiments.benchmarks.models import make_setup
 from tests.experiments.micro import experiment
 from tests.libtpu import needs_libtpu
 
-STORES = {"device": DeviceStore, "pinned": PinnedStore}
 SIZES = dict(batch=2, capacity=16, row_format="fp8")
 
 
@@ -41,44 +34,39 @@ def micro(width=32):
   return dataclasses.replace(config, model=model)
 
 
-def micro_program():
+def micro_setup():
   config = micro()
-  return make_program(config.model, config.train)
+  return make_setup(config.model, config.train)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-  """Model, tables [R, d], hash and compression; drawn by NumPy."""
-  program, random = micro_program(), np.random.default_rng(0)
+  """Model, memory and tables [R, d]; drawn by NumPy."""
+  setup, random = micro_setup(), np.random.default_rng(0)
 
   def drawn(path, leaf):
     value = 0.3 * random.normal(size=leaf.shape) + ("scale" in str(path))
     return jnp.asarray(value, leaf.dtype)
 
-  graph, params, balance = abstract_model(program.model)
-  params, balance = jax.tree.map_with_path(drawn, (params, balance))
+  state = setup.abstract_state()
+  params, balance = jax.tree.map_with_path(drawn, (state.params, state.balance))
   tables = {
     layer: jnp.asarray(random.normal(size=(rows, 32)), jnp.float32)
-    for layer, rows in program.hashing.num_rows.items()
+    for layer, rows in setup.memory.num_rows.items()
   }
-  model = nnx.merge(graph, params, balance)
-  return model, tables, program.hashing, program.compression
+  return nnx.merge(setup.graphdef, params, balance), setup.memory, tables
 
 
 def steps_of(tiny, home, name):
   """Logits of a prompt's chunk and two tokens, in one program each."""
-  model, tables, hashing, compression = tiny
-  packed, row_format = pack_tables(tables, hashing, name)
-  if home == "device":
-    packed = jax.device_put(packed)
-  tables = STORES[home](packed, row_format).tables
-  step = pinned_tpu.make_step(hashing, compression, row_format, home=home)
+  model, memory, tables = tiny
+  packed, row_format = pack_tables(tables, memory.hashing, name)
+  store = pinned_tpu.STORES[home](packed, row_format)
   model = for_decoding(model)
-  memory = Memory(micro().model.engram, compression, hashing)
   state = init_state(model, memory, batch=2, capacity=16)
   logits = []
   for tokens, lengths in CHUNKS:
-    found, state = step(model, tables, state, tokens, lengths)
+    found, state = pinned_tpu.step(model, memory, store, state, tokens, lengths)
     logits.append(np.asarray(found))
   return logits
 
@@ -93,10 +81,9 @@ CHUNKS = (
 
 @pytest.mark.parametrize("name", ["float32", "fp8"])
 def test_the_steps_are_those_of_a_table_decoder(tiny, name):
-  model, tables, hashing, compression = tiny
-  packed, row_format = pack_tables(tables, hashing, name)
+  model, memory, tables = tiny
+  packed, row_format = pack_tables(tables, memory.hashing, name)
   kept = {i: jnp.asarray(unpack_rows(x, row_format)) for i, x in packed.items()}
-  memory = Memory(micro().model.engram, compression, hashing)
   decoder = Decoder(model, memory, TableStore(kept))
   state, expected = decoder.init_state(2, 16), []
   for chunk in CHUNKS:
@@ -110,13 +97,13 @@ def test_the_steps_are_those_of_a_table_decoder(tiny, name):
       np.testing.assert_array_equal(found, logits)
 
 
-@pytest.mark.parametrize("home", list(pinned_tpu.GATHERS))
+@pytest.mark.parametrize("home", list(pinned_tpu.STORES))
 def test_compiles_from_shapes_alone(home):
   record = pinned_tpu.compile_step(
     micro(), device=jax.local_devices()[0], home=home, tokens=3, **SIZES
   )
   assert json.loads(json.dumps(record)) == record
-  rows = sum(micro_program().hashing.num_rows.values())
+  rows = sum(micro_setup().memory.num_rows.values())
   assert record["tables_bytes"] == 33 * rows
   assert record["fits"] and record["copies_of_tables"] == 0
   assert record["host_memory"].keys() == {"argument", "output", "alias", "temp"}

@@ -201,7 +201,7 @@ def test_evaluate_and_generate(finished, program, text_folder, tmp_path):
 def row_file(finished, tmp_path_factory):
   """The finished run's rows, as they are."""
   trained = load_run(finished[0])
-  hashing, digest = trained.hashing, trained.compression.digest
+  hashing, digest = trained.memory.hashing, trained.memory.compression.digest
   packed, row_format = pack_tables(trained.tables, hashing, "float32")
   path = tmp_path_factory.mktemp("rows") / "memory.rows"
   header = Header(row_format, hashing.num_rows, hashing, digest)
@@ -280,11 +280,11 @@ def test_a_row_file_of_another_model_is_one_clear_line(
   finished, program, tmp_path
 ):
   trained = load_run(finished[0])
-  constants = trained.hashing.to_dict()
+  constants = trained.memory.hashing.to_dict()
   constants["pad_id"] += 1
   other = NgramHash.from_dict(constants)
   row_format, rows = RowFormat("float32", 4), other.num_rows
-  digest = trained.compression.digest
+  digest = trained.memory.compression.digest
   path = tmp_path / "other.rows"
   header = Header(row_format, rows, other, digest)
   chunks = {i: [np.zeros((n, 16), np.uint8)] for i, n in rows.items()}

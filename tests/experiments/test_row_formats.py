@@ -6,15 +6,13 @@ import types
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from engram_jax.errors import InputError
 from engram_jax.stores.open_store import open_store
 from engram_jax.stores.quantization import FORMATS, RowFormat, pack_rows
 from engram_jax.training.evaluation import mean_loss
-from engram_jax.training.runs import new_state
 from experiments.benchmarks import row_formats
-from experiments.benchmarks.models import make_program
+from experiments.benchmarks.models import make_setup
 from tests.experiments.micro import experiment
 
 #: Of the relative error of normal rows 32 wide.
@@ -35,16 +33,15 @@ def make_trained(width=32):
   memory = dataclasses.replace(config.model.engram, head_dim=width)
   model = dataclasses.replace(config.model, engram=memory, moe=None)
   config = dataclasses.replace(config, model=model)
-  program = make_program(config.model, config.train)
-  state = new_state(program)
+  setup = make_setup(config.model, config.train)
+  state = setup.init_state()
   return types.SimpleNamespace(
     config=config,
     step=7,
-    model=nnx.merge(program.graph, state.params, state.balance),
+    model=setup.merge_model(state),
     tables=state.tables,
-    hashing=program.hashing,
-    compression=program.compression,
-    program=program,
+    memory=setup.memory,
+    setup=setup,
   )
 
 
@@ -81,7 +78,9 @@ def test_losses_are_those_of_an_evaluation(trained, batches, found):
   assert (found["batches"], found["targets"]) == (3, 73)
   assert len(set(found["loss"].values())) == 3
   assert found["worth"] == found["loss"]["off"] - found["loss"]["on"]
-  store = open_store("host", trained.tables, trained.hashing, row_format="fp8")
+  store = open_store(
+    "host", trained.tables, trained.memory.hashing, row_format="fp8"
+  )
   loss = mean_loss(trained.setup, trained.model, store, batches)
   fp8, float32 = found["formats"]["fp8"], found["formats"]["float32"]
   assert fp8["loss"] == pytest.approx(loss, rel=1e-6)

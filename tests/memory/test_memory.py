@@ -290,7 +290,7 @@ def test_refusals(memory, tokenizer, tmp_path):
     Memory.create(CONFIG, tmp_path / "bad.json")
   with refused("^tokenizer: int; valid"):
     Memory.create(CONFIG, 7)
-  with refused("^breaks: given beside segment_ids"):
+  with refused("^segment_ids: given with breaks"):
     memory.row_ids(TOKENS, breaks=BREAKS, segment_ids=SEGMENTS)
   with refused("^positions: without segment_ids"):
     memory.row_ids(TOKENS, positions=SEGMENTS)
