@@ -20,7 +20,8 @@ from engram_jax.config import (
 from engram_jax.errors import InputError
 from engram_jax.parameters import param
 from engram_jax.run_config import TrainConfig
-from engram_jax.training.muon import muon, newton_schulz, orthogonalized
+from engram_jax.training import muon
+from engram_jax.training.muon import orthogonalized
 from engram_jax.training.optimizers import (
   backbone_optimizer,
   decay_mask,
@@ -155,8 +156,7 @@ def matrices_of(name, stack):
   return stack.reshape(-1, rows, math.prod(stack.shape[len(front) :]) // rows)
 
 
-def reference_newton_schulz(x):
-  """Of one matrix, by NumPy."""
+def newton_schulz(x):
   x = x / np.sqrt(np.sum(x**2))
   for _ in range(5):
     square = x @ x.T
@@ -182,7 +182,7 @@ def test_each_matrix_as_numpy_moves_it(name, stacks):
     g = matrices_of(name, gradient[name])
     momentum = MOMENTUM * momentum + g
     nesterov = g + MOMENTUM * momentum
-    moved = np.stack([reference_newton_schulz(x) for x in nesterov])
+    moved = np.stack([newton_schulz(x) for x in nesterov])
     update = -scale * moved - DECAY * weights
     weights = weights + update
     np.testing.assert_allclose(
@@ -307,7 +307,7 @@ def test_the_state_is_arrays_of_unique_names(params):
 
 def test_muon_of_what_is_no_matrix():
   params = state_of({"head": np.zeros((10, 4))})
-  optimizer = muon(momentum=MOMENTUM, weight_decay=DECAY)
+  optimizer = muon.muon(momentum=MOMENTUM, weight_decay=DECAY)
   message = r"^parameter head: no matrix; valid: one that says "
   with pytest.raises(InputError, match=message):
     optimizer.update(params, optimizer.init(params), params)
@@ -332,8 +332,8 @@ def test_rows_of_several_axes_are_one_side():
 def test_newton_schulz_of_a_matrix_of_any_size(size):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
   # One huge matrix in a stack leaves the other alone.
-  found = newton_schulz(x * jnp.array([size, 1.0])[:, None, None])
-  expected = newton_schulz(x)
+  found = muon.newton_schulz(x * jnp.array([size, 1.0])[:, None, None])
+  expected = muon.newton_schulz(x)
   if not size:
     expected = expected.at[0].set(0)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
