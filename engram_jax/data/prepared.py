@@ -152,7 +152,7 @@ def prepare(
   if not _exists(folder):
     with sources.lock(folder):
       if not folder.exists():  # another process may have built it meanwhile
-        _build(folder, source, config, tokenizer, both_splits, progress)
+        build_folder(folder, source, config, tokenizer, both_splits, progress)
   prepared = _load(folder)
   trained_for = None if tokenizer is not None else config.vocab_size
   _say(prepared, config.validation_percent, trained_for)
@@ -198,7 +198,7 @@ def _exists(folder: pathlib.Path) -> bool:
     raise damaged(folder, error) from None
 
 
-def _build(
+def build_folder(
   folder: pathlib.Path,
   source: sources.TextSource,
   config: DataConfig,
@@ -206,7 +206,19 @@ def _build(
   both_splits: bool,
   progress: bool,
 ) -> None:
-  """Makes `folder`, whole or not at all. The caller holds its lock."""
+  """Makes a folder of prepared text, whole or not at all.
+
+  Args:
+    folder: to be made; the caller holds its lock.
+    source: the text.
+    config: as of `prepare`.
+    tokenizer: see `prepare`.
+    both_splits: see `prepare`.
+    progress: see `prepare`.
+
+  Raises:
+    InputError: text that is refused, or a disk that cannot be written to.
+  """
   building = folder.with_name(f".{folder.name}.building")
   try:
     if building.exists():  # of a builder that was killed: it held the lock

@@ -177,7 +177,7 @@ def folder_source(
   def documents() -> Iterator[Document]:
     for path, _, _ in files:
       split = split_of(os.fsencode(path), validation_percent=validation_percent)
-      text = _decode(_read(root / path))
+      text = decode_text(_read(root / path))
       yield Document(folders.printable(path), split, text)
 
   return TextSource(
@@ -236,7 +236,7 @@ def tfds_source(
         key = content if isinstance(content, bytes) else content.encode()
         side = split_of(key, validation_percent=validation_percent)
         side = split if len(used) == 2 else side
-        yield Document(f"{split}[{index}]", side, _decode(key))
+        yield Document(f"{split}[{index}]", side, decode_text(key))
 
   counts = {
     split: [splits[split].num_bytes, list(splits[split].shard_lengths)]
@@ -289,7 +289,8 @@ def _read(path: pathlib.Path) -> bytes:
     raise InputError("folder", path, valid) from None
 
 
-def _decode(content: bytes) -> str | None:
+def decode_text(content: bytes) -> str | None:
+  """The text of UTF-8 bytes; None for others."""
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError:
@@ -314,7 +315,7 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
   builder = make()
   if builder.is_prepared():
     return builder
-  with lock(data_dir / f"tfds-{builder.name}"), _impatient_downloads():
+  with lock(data_dir / f"tfds-{builder.name}"), impatient_downloads():
     builder = make()  # sees what another process made meanwhile
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
@@ -344,7 +345,7 @@ def _data_source(builder: Any, name: str, split: str) -> Any:
 
 
 @contextlib.contextmanager
-def _impatient_downloads() -> Iterator[None]:
+def impatient_downloads() -> Iterator[None]:
   """Makes TFDS give up at the first failed connection.
 
   Its default is ten retries with growing pauses and no timeout: minutes of

@@ -47,13 +47,22 @@ _insert = jax.jit(insert, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
-def _draw(
+def draw_tokens(
   key: PRNGKeyArray | Array,
   logits: Float[Array, "B V"],
   steps: Int[Array, "B"],
   sequences: Int[Array, "B"],
   **options,
-):
+) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+  """A token for each slot, and whether its logits were numbers.
+
+  Args:
+    key: of the whole generation.
+    logits: [B, V].
+    steps: int32 [B], the number of tokens that each sequence has drawn.
+    sequences: int32 [B], the sequence in each slot.
+    **options: of `sample_each`.
+  """
   fold = jax.random.fold_in
   keys = jax.vmap(lambda t, b: fold(fold(key, t), b))(steps, sequences)
   finite = finite_logits(logits, options["allowed"])
@@ -160,7 +169,7 @@ def generate(
     max_new_tokens=max_new_tokens,
   )
   draw = functools.partial(
-    _draw,
+    draw_tokens,
     key,
     temperature=temperature,
     top_k=top_k,

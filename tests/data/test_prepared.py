@@ -106,7 +106,9 @@ def test_tokenizer_is_trained_on_the_train_split_only(tmp_path, small_config):
 
 
 def test_prepared_data_are_reused(prepared, config, monkeypatch):
-  monkeypatch.setattr(lib, "_build", lambda *_: pytest.fail("built again"))
+  monkeypatch.setattr(
+    lib, "build_folder", lambda *_: pytest.fail("built again")
+  )
   again = prepare(config)
   assert again.folder == prepared.folder
   assert again.splits == prepared.splits
@@ -351,7 +353,7 @@ KILLED = """
   from engram_jax.data.prepared import prepare
 
   config = DataConfig(folder=sys.argv[1], data_dir=sys.argv[2], vocab_size=260)
-  real = sources._decode
+  real = sources.decode_text
 
   def decode(content):
     # While what was read is written.
@@ -359,7 +361,7 @@ KILLED = """
       os.kill(os.getpid(), signal.SIGKILL)
     return real(content)
 
-  sources._decode = decode
+  sources.decode_text = decode
   prepare(config)
 """
 
@@ -390,13 +392,13 @@ def test_builders_of_the_same_data_wait_for_each_other(
   tmp_path, monkeypatch, small_config
 ):
   config = small_config()
-  real, builds, results = lib._build, [], []
+  real, builds, results = lib.build_folder, [], []
 
   def build(*args):
     builds.append(1)
     real(*args)
 
-  monkeypatch.setattr(lib, "_build", build)
+  monkeypatch.setattr(lib, "build_folder", build)
   threads = [
     threading.Thread(target=lambda: results.append(prepare(config)))
     for _ in range(3)

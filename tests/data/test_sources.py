@@ -134,7 +134,7 @@ def test_prepared_dataset_needs_no_code_and_no_network(
     data_dir=tmp_path, file_format="array_record"
   ).download_and_prepare()
   monkeypatch.setattr(
-    sources, "_impatient_downloads", lambda: pytest.fail("no download")
+    sources, "impatient_downloads", lambda: pytest.fail("no download")
   )
   assert len(list(tfds_source("only_here", tmp_path).documents())) == 50
 

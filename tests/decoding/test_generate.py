@@ -128,7 +128,7 @@ def test_the_end_token_ends_its_sequence(tiny, greedy):
 
 def test_prompts_of_other_lengths_compile_nothing(tiny, greedy, compiled):
   other = [[2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-  programs = ("lookup_chunk", "lower_blocks", "upper_blocks", "_draw")
+  programs = ("lookup_chunk", "lower_blocks", "upper_blocks", "draw_tokens")
   with compiled() as count:
     generate_all(*tiny.parts, other, max_new_tokens=5, key=KEY)
     assert not count(*programs)
