@@ -1,71 +1,158 @@
-"""How far long work has come: a bar, or a plain line at times."""
+"""How far long work has come and how long it will take, on standard error.
+
+A bar on a terminal; elsewhere, as in a log, a plain line every some seconds.
+What ends before the first line says nothing. Nothing of it is on standard
+output, which is for results.
+"""
 
 import contextlib
+import math
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import tqdm
 
 #: Seconds between two lines where there is no terminal.
-SECONDS = 10.0
+EVERY = 10.0
+
+T = TypeVar("T")
+
+
+def say(line: str) -> None:
+  """A line of what is done, or of what is known to be large."""
+  if sys.stderr is not None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def reporting(
+def counting(
   what: str,
   *,
-  total: int | None,
-  unit: str = "B",
+  total: int | None = None,
+  unit: str = "steps",
   enabled: bool = True,
-  seconds: float = SECONDS,
+  every: float = EVERY,
 ) -> Iterator[Callable[[int], None]]:
-  """A function that is told how much more is done; says it on standard error.
-
-  On a terminal a bar with the speed and the time left, which goes away at the
-  end; elsewhere a line every so many seconds, none for what is done by then.
+  """A function to be called with how much more is done.
 
   Args:
-    what: is done, for a person.
-    total: amount of work in all; None if unknown.
-    unit: what is counted; `B` for bytes, which are shown as megabytes.
+    what: name of the work, in a word or two.
+    total: number of units; None if it is unknown.
+    unit: name of the units; `B` for bytes, which are shown as megabytes.
     enabled: False to say nothing.
-    seconds: between two lines.
+    every: seconds between two lines where there is no terminal.
   """
-  if not enabled:
-    yield lambda count: None
+  if not enabled or sys.stderr is None:
+    yield lambda count=1: None
     return
-  if sys.stderr is not None and sys.stderr.isatty():
-    scale = unit == "B"
-    unit = unit if scale else f" {unit}"
-    options = dict(unit=unit, unit_scale=scale, leave=False, delay=0.5)
-    with tqdm.tqdm(total=total or None, desc=what, **options) as bar:
-      yield bar.update
+  if sys.stderr.isatty():
+    is_bytes = unit == "B"
+    with tqdm.tqdm(
+      desc=what,
+      total=total or None,
+      unit=unit if is_bytes else f" {unit}",
+      unit_scale=is_bytes,
+      leave=False,
+      delay=0.5,
+    ) as bar:
+      yield lambda count=1: bar.update(count)
     return
-  start = last = time.monotonic()
+  began = told = time.monotonic()
   done = 0
 
-  def advance(count: int) -> None:
-    nonlocal done, last
+  def update(count: int = 1) -> None:
+    nonlocal done, told
     done += count
     now = time.monotonic()
-    if now - last >= seconds:
-      last = now
-      line = _line(what, done, total, unit, now - start)
-      print(line, file=sys.stderr, flush=True)
+    if now - told >= every:
+      told = now
+      say(_line(what, done, total, unit, now - began))
 
-  yield advance
+  try:
+    yield update
+  finally:
+    if told > began:  # what was begun to be told of has an end
+      say(_line(what, done, total, unit, time.monotonic() - began))
+
+
+def counted(items: Iterable[T], what: str, **options: Any) -> Iterator[T]:
+  """The items, counted as they are asked for.
+
+  Args:
+    items: whatever is to be counted.
+    what: what is done with them, in a word or two.
+    **options: other arguments of `counting`.
+  """
+  with counting(what, **options) as update:
+    for item in items:
+      yield item
+      update(1)
+
+
+@contextlib.contextmanager
+def waiting(
+  what: str, *, announce: bool = True, every: float = EVERY
+) -> Iterator[None]:
+  """Says that a step has begun that cannot be counted, and that it goes on.
+
+  Args:
+    what: name of the work, in some words.
+    announce: say so at once; False for what is most often short.
+    every: seconds between two lines.
+  """
+  ended, began, told = threading.Event(), time.monotonic(), []
+
+  def tell() -> None:
+    while not ended.wait(every):
+      told.append(True)
+      say(f"{what}: {duration(time.monotonic() - began)} so far")
+
+  if announce:
+    say(f"{what} ...")
+  thread = threading.Thread(target=tell, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
+    if told:
+      say(f"{what}: {duration(time.monotonic() - began)}")
+
+
+def duration(seconds: float) -> str:
+  """Seconds in words: 7 s, 3 min 20 s, 2 h 5 min."""
+  whole = round(seconds)
+  if whole < 60:
+    return f"{whole} s"
+  if whole < 3600:
+    return f"{whole // 60} min {whole % 60} s"
+  return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+  """Bytes in words: 512 bytes, 3.4 MiB, 120.0 GiB."""
+  if count < 1024:
+    return f"{count:.0f} bytes"
+  power = min(int(math.log2(count)) // 10, 4)
+  return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 def _line(
-  what: str, done: int, total: int | None, unit: str, elapsed: float
+  what: str, done: int, total: int | None, unit: str, spent: float
 ) -> str:
-  speed = done / elapsed if elapsed else 0.0
-  left = max(total - done, 0) / speed if total and speed else None
-  if unit == "B":
-    done, total, speed = done / 1e6, total and total / 1e6, speed / 1e6
-    unit = "MB"
-  digits = ",.1f" if unit == "MB" else ",d"
+  """`Reading: 1.0 of 4.0 MB, 10 s, 0.10 MB/s, about 30 s left`."""
+  left, digits = None, ",d"
+  if total and 0 < done < total:
+    left = spent * (total - done) / done
+  if is_bytes := unit == "B":
+    done, total = done / 1e6, total and total / 1e6
+    unit, digits = "MB", ",.1f"
   of = f" of {total:{digits}}" if total else ""
-  line = f"{what}: {done:{digits}}{of} {unit}, {speed:,.2f} {unit}/s"
-  return line if left is None else f"{line}, {left:,.0f} s left"
+  line = f"{what}: {done:{digits}}{of} {unit}, {duration(spent)}"
+  if is_bytes and spent:
+    line += f", {done / spent:,.2f} MB/s"
+  return line if left is None else f"{line}, about {duration(left)} left"

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.analysis import collisions
 from engram_jax.analysis.plots import plot_lines
 from engram_jax.errors import InputError, require
 from engram_jax.memory.hashing import NgramHash
 from engram_jax.stores.quantization import RowFormat
 from engram_jax.training.runs import make_memory
-from experiments import cli, progress
+from experiments import cli
 from experiments.benchmarks.harness import aligned
 from experiments.configs.preset import experiment_of
 from experiments.corpora import CORPORA, load_tokenizer, read_corpus, tokenize
@@ -249,7 +250,7 @@ def _study_one(text, texts, hashing, sizes, shown) -> dict[str, Any]:
   heads, others = hashing.heads, [other for other in texts if other is not text]
 
   def counted(figures):
-    shown.update()
+    shown(1)
     return figures
 
   layers = {

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from engram_jax import sharding
+from engram_jax import progress, sharding
 from engram_jax.analysis import compiled as analysis
 from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.analysis.estimates import RATES
@@ -46,7 +46,7 @@ from engram_jax.run_config import ExperimentConfig, MeshConfig
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
-from experiments import cli, pod_report, progress
+from experiments import cli, pod_report
 from experiments.benchmarks import models
 from experiments.configs.preset import chosen, experiment_of
 from experiments.results import require_place, write_result
@@ -326,10 +326,10 @@ def _log() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _own_stderr() -> Iterator[TextIO]:
+def _own_stderr() -> Iterator[None]:
   """Standard error, which stays it while `_log` collects the compiler's."""
-  with open(os.dup(2), "w") as out:
-    yield out
+  with open(os.dup(2), "w") as out, contextlib.redirect_stderr(out):
+    yield
 
 
 def _first_line(error: Exception) -> str:
@@ -399,10 +399,9 @@ def measure(
   programs = {}
   for name, config in configs.items():
     mesh = meshes[name]
-    with _own_stderr() as out:
-      what = f"compiling {name} for {len(devices)} devices of {topology}"
-      with progress.waiting(what, file=out):
-        compiled = compile_step(config, mesh, generation=generation)
+    what = f"compiling {name} for {len(devices)} devices of {topology}"
+    with _own_stderr(), progress.waiting(what):
+      compiled = compile_step(config, mesh, generation=generation)
     programs[name] = {"mesh": dict(mesh.shape)} | compiled
   result = {
     "topology": topology,

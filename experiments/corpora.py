@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from engram_jax import progress
 from engram_jax.data.sources import folder_source
 from engram_jax.errors import InputError, require
-from experiments import progress
 from experiments.results import ROOT
 
 CORPORA = ("code", "prose")
@@ -80,7 +80,7 @@ def tokenize(
       ids = np.array(ids[: max_tokens - total], np.int32)
       documents.append(ids)
       total += len(ids)
-      shown.update(len(ids))
+      shown(len(ids))
       digest.update(ids.astype("<i4").tobytes())
       size += len(text.encode())
       if total >= max_tokens:

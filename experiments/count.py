@@ -9,9 +9,10 @@ By formula: nothing is allocated, and no accelerator is needed.
 
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.config_dicts import to_dict
 from engram_jax.presets import preset
-from experiments import cli, progress
+from experiments import cli
 from experiments.configs.preset import chosen
 from experiments.count_report import count, report
 from experiments.results import require_place, write_result

@@ -16,16 +16,15 @@ are a fair sample.
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.data.folders import printable
 from engram_jax.data.pipeline import held_out_batches, windows
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import InputError, require
-from engram_jax.progress import reporting
 from engram_jax.training.companions import require_own_text
 from engram_jax.training.evaluation import MEMORY_MODES, losses_by_memory
 from engram_jax.training.runs import RunFolder, TrainedModel
@@ -102,9 +101,9 @@ def evaluate(
   modes = MEMORY_MODES if trained.memory else MEMORY_MODES[:1]
   if most < present:
     line = f"The first {most:,} of {present:,} batches; --batches=0 reads all"
-    print(line, file=sys.stderr, flush=True)
+    progress.say(line)
 
-  with reporting(
+  with progress.counting(
     "Evaluating", total=most * len(modes), unit="batches"
   ) as advance:
 
@@ -152,7 +151,7 @@ def _require_own_text(trained: TrainedModel, data: PreparedData) -> None:
     raise InputError(error.field, error.value, valid) from None
   if unknown:
     line = f"not known to the checkpoint, and not compared: {unknown} text"
-    print(line, file=sys.stderr)
+    progress.say(line)
 
 
 def main(argv) -> None:

@@ -13,11 +13,12 @@ One prompt streams; several are one batch, printed when all have ended. With
 import jax
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.data.tokenizers import END_ID
 from engram_jax.decoding.generate import NO_TOKEN, generate
 from engram_jax.decoding.text import TextStream
 from engram_jax.errors import require, require_seed
-from experiments import cli, console, progress, stores
+from experiments import cli, console, stores
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")

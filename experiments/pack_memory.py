@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.errors import require
 from engram_jax.stores.quantization import (
   FORMATS,
@@ -28,7 +29,7 @@ from engram_jax.stores.quantization import (
 from engram_jax.stores.row_file_headers import Header
 from engram_jax.stores.row_files import RowFile, write_row_file
 from engram_jax.training.runs import TrainedModel, load_run
-from experiments import cli, progress
+from experiments import cli
 from experiments.results import require_place
 
 _FLAGS = cli.flag_values(__name__)
@@ -100,7 +101,7 @@ def pack_memory(
       require(np.isfinite(squares).all(), field, found, "finite numbers")
       sums[layer] += squares
       yield np.asarray(packed)
-      shown.update(end - start)
+      shown(end - start)
 
   total, size = sum(memory.num_rows.values()), progress.size(header.file_bytes)
   progress.say(f"packing {total:,} rows as {name}, {size}, into {path}")

@@ -7,13 +7,13 @@ from typing import Any
 
 from absl import flags
 
+from engram_jax import progress
 from engram_jax.errors import require
 from engram_jax.stores.open_store import reads_a_file
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.stores.quantization import FORMATS
 from engram_jax.stores.store import RowStore
 from engram_jax.training.runs import TrainedModel, load_run
-from experiments import progress
 
 
 def define_store() -> Callable[[], dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_jax import progress
 from engram_jax.analysis.accounting import count_parameters_by_part
 from engram_jax.config_dicts import from_dict, to_dict
 from engram_jax.data.pipeline import held_out_batches
@@ -17,7 +18,6 @@ from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics
 from engram_jax.training.stopping import StoppedError
-from experiments import progress
 
 
 def changed(

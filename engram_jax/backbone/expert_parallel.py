@@ -87,7 +87,7 @@ def apply_routed(
   require(mesh is not None, "mesh", None, valid)
   require(form in FORMS, "dispatch", form, f"one of {', '.join(FORMS)}")
   devices = sharding.size(mesh, EXPERT)
-  valid = f"bucketed or dropless with mesh.expert = {devices}"
+  valid = f"bucketed or dense with mesh.expert = {devices}"
   require(form != "dropless" or devices == 1, "dispatch", form, valid)
   for field, value, axes in (
     ("x.shape[0]", x.shape[0], BATCH),

@@ -38,7 +38,7 @@ from engram_jax.data.tokenizers import (
   train_tokenizer,
 )
 from engram_jax.errors import InputError, require
-from engram_jax.progress import reporting
+from engram_jax.progress import counting
 from engram_jax.run_config import DataConfig
 
 #: Of the layout above; part of the digest, so that old folders are not read.
@@ -249,7 +249,7 @@ def _build_in(
   size = source.total_bytes
   census = _Census()
   trains = tokenizer is None
-  with reporting("Reading", total=size, enabled=progress) as advance:
+  with counting("Reading", total=size, unit="B", enabled=progress) as advance:
     documents = census.watch(source.documents(), advance)
     if trains:
       train = (d.text for d in documents if d.split == "train" and d.text)
@@ -261,7 +261,9 @@ def _build_in(
   save_tokenizer(tokenizer, building / "tokenizer.json")
   used = [split for split in sources.SPLITS if census.documents[split]]
   size = sum(census.text_bytes.values())
-  with reporting("Tokenizing", total=size, enabled=progress) as advance:
+  with counting(
+    "Tokenizing", total=size, unit="B", enabled=progress
+  ) as advance:
     write_dataset(building, source, tokenizer, splits=used, advance=advance)
   shutil.rmtree(building / "downloads", ignore_errors=True)  # TFDS's, empty
   record = {

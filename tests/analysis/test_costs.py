@@ -22,10 +22,10 @@ from engram_jax.config import (
   MoEConfig,
 )
 from engram_jax.errors import InputError
+from engram_jax.memory.memory import Memory
 from engram_jax.presets import PRESETS, preset
 from engram_jax.run_config import OPTIMIZERS, TABLE_OPTIMIZERS, TrainConfig
-from engram_jax.training.optimizers import backbone_optimizer, table_optimizer
-from engram_jax.training.state import init_state
+from engram_jax.training.setup import TrainSetup
 
 LENGTH = 8
 MEMORY = EngramConfig(
@@ -163,18 +163,9 @@ def test_bytes_are_those_of_the_state(optimizer, streams):
   train = dataclasses.replace(TRAIN, optimizer=optimizer)
   memory = dataclasses.replace(MEMORY, streams=streams, projection_bias=True)
   config = dataclasses.replace(CONFIG, streams=streams, engram=memory)
-  hashing = counting_hash(config)
-  state = jax.eval_shape(
-    lambda key: init_state(
-      key,
-      config,
-      hashing,
-      optimizer=backbone_optimizer(train),
-      row_optimizer=table_optimizer(train),
-    ),
-    jax.random.key(0),
-  )
-  found = bytes_of(config, hashing, train)
+  memory = Memory.create(memory, vocab_size=config.vocab_size)
+  state = TrainSetup.create(config, train, memory).abstract_state()
+  found = bytes_of(config, memory.hashing, train)
   assert found["parameters"] == found["gradients"] == size(state.params)
   assert found["optimizer"] == size(state.opt_state)
   assert found["tables"] == size(state.tables)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,8 @@ from engram_jax.config import (
 )
 from engram_jax.data.tokenizers import END_ID, train_tokenizer
 from engram_jax.errors import InputError
-from engram_jax.memory.compression import TokenCompression
-from engram_jax.memory.hashing import NgramHash
-from engram_jax.memory.lookup import retrieve
+from engram_jax.memory.memory import Memory
+from engram_jax.stores.program_stores import TableStore
 from engram_jax.training.state import abstract_model
 
 CONFIG = ModelConfig(
@@ -42,28 +42,26 @@ IDS = np.array([3, 4, 5, 3, 4, 5, 7, 39, 0, 3], np.int64)
 
 @pytest.fixture(scope="module")
 def arguments():
-  hashing = NgramHash.create(
-    vocab_size=40, rows_per_head=(30, 30), heads=2, layers=(0, 1), pad_id=2
-  )
+  memory = Memory.create(CONFIG.engram, vocab_size=40)
   # Drawn by NumPy: compiling the initialisation would take most of the time.
   draw = np.random.default_rng(0).normal
 
   def random(shape):
     return jnp.asarray(draw(scale=0.5, size=shape), jnp.float32)
 
-  tables = {i: random((rows, 4)) for i, rows in hashing.num_rows.items()}
+  tables = {i: random((rows, 4)) for i, rows in memory.num_rows.items()}
   graph, *state = abstract_model(CONFIG)
   state = jax.tree.map(lambda leaf: random(leaf.shape), state)
   model = nnx.merge(graph, *state)
-  return model, tables, hashing, TokenCompression.identity(40)
+  return model, memory, tables
 
 
 def test_gates_are_those_of_the_dense_model(arguments):
-  model, tables, hashing, compression = arguments
+  model, memory, tables = arguments
   gates = gate_map(*arguments, IDS)
   assert sorted(gates) == [0, 1]
   ids = jnp.asarray(IDS, jnp.int32)[None]
-  rows = retrieve(tables, hashing, compression(ids)).rows
+  rows = memory.lookup(tables, ids).rows
 
   @nnx.jit
   def both(model):
@@ -79,6 +77,14 @@ def test_gates_are_those_of_the_dense_model(arguments):
   assert np.abs(gates[1] - dropping[1][0]).max() > 1e-4
 
 
+def test_any_store_gives_the_gates_of_the_tables(arguments):
+  model, memory, tables = arguments
+  expected = gate_map(*arguments, IDS)
+  for store in (TableStore(tables), memory.open_store("host", tables)):
+    found = gate_map(model, memory, store, IDS)
+    chex.assert_trees_all_equal(found, expected)
+
+
 def test_a_later_token_changes_no_gate_before_it(arguments):
   whole = gate_map(*arguments, IDS)
   other = gate_map(*arguments, np.append(IDS[:6], [8, 9, 10, 11]))
@@ -88,15 +94,15 @@ def test_a_later_token_changes_no_gate_before_it(arguments):
 
 
 def test_what_has_no_gates_is_refused(arguments):
-  model, *memory = arguments
+  model, memory, tables = arguments
   with pytest.raises(InputError, match="no tokens"):
-    gate_map(model, *memory, IDS[:0])
+    gate_map(model, memory, tables, IDS[:0])
   with pytest.raises(InputError, match="40"):
-    gate_map(model, *memory, np.array([1, 40]))
+    gate_map(model, memory, tables, np.array([1, 40]))
   without = dataclasses.replace(CONFIG, engram=None)
   graph, *state = abstract_model(without)
   with pytest.raises(InputError, match="engram"):
-    gate_map(nnx.merge(graph, *state), *memory, IDS)
+    gate_map(nnx.merge(graph, *state), memory, tables, IDS)
 
 
 def test_token_texts_join_to_the_text_and_stay_aligned():

@@ -195,7 +195,7 @@ class TestOnEightDevices:
     )
 
   @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 1, 2)])
-  def test_ragged_without_an_expert_axis(self, shape):
+  def test_dropless_without_an_expert_axis(self, shape):
     found = compiled_for(shape, "dropless")(
       *placed(make(), tokens(), mesh_of(shape))
     )
@@ -283,7 +283,7 @@ def test_no_mesh_no_parallel_experts():
       (4, 2, 1),
       "dropless",
       BATCH,
-      "dispatch: ragged; valid: bucketed or dropless with mesh.expert = 2",
+      "dispatch: dropless; valid: bucketed or dense with mesh.expert = 2",
     ),
     (
       (2, 4, 1),
@@ -303,7 +303,7 @@ def test_no_mesh_no_parallel_experts():
       BATCH,
       "expert_size: 10; valid: a multiple of mesh.tensor = 4",
     ),
-    ((8, 1, 1), "dense", BATCH, "dispatch: dense; valid: one of dense"),
+    ((8, 1, 1), "sparse", BATCH, "dispatch: sparse; valid: one of dense"),
   ],
 )
 def test_what_a_mesh_does_not_divide_is_refused(shape, form, batch, message):

@@ -359,8 +359,8 @@ def test_the_bias_is_a_variable_of_its_own():
 def test_bad_arguments_are_refused():
   layer = make()
   x = normal(17, 1, 3, WIDTH)
-  with pytest.raises(InputError, match="dispatch: dense; valid: one of dense"):
-    layer(x, dispatch="dense")
+  with pytest.raises(InputError, match="dispatch: sparse; valid: one of"):
+    layer(x, dispatch="sparse")
   with pytest.raises(
     InputError, match=r"x.shape: \(1, 3, 4\); valid: \[..., 8\]"
   ):
