@@ -79,7 +79,13 @@ def counting(
 
 
 def counted(items: Iterable[T], what: str, **options: Any) -> Iterator[T]:
-  """The items, counted as they are asked for; options as of `counting`."""
+  """The items, counted as they are asked for.
+
+  Args:
+    items: whatever is to be counted.
+    what: what is done with them, in a word or two.
+    **options: other arguments of `counting`.
+  """
   with counting(what, **options) as update:
     for item in items:
       yield item
