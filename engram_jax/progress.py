@@ -60,22 +60,26 @@ def counting(
     ) as bar:
       yield lambda count=1: bar.update(count)
     return
-  began = told = time.monotonic()
-  done = 0
+  began = last = time.monotonic()
+  done, told = 0, None
+
+  def tell() -> None:
+    nonlocal last, told
+    last, told = time.monotonic(), done
+    say(_line(what, done, total, unit, last - began))
 
   def update(count: int = 1) -> None:
-    nonlocal done, told
+    nonlocal done
     done += count
-    now = time.monotonic()
-    if now - told >= every:
-      told = now
-      say(_line(what, done, total, unit, now - began))
+    if time.monotonic() - last >= every:
+      tell()
 
   try:
     yield update
   finally:
-    if told > began:  # what was begun to be told of has an end
-      say(_line(what, done, total, unit, time.monotonic() - began))
+    # What was begun to be told of has an end.
+    if told not in (None, done):
+      tell()
 
 
 def counted(items: Iterable[T], what: str, **options: Any) -> Iterator[T]:
@@ -133,7 +137,7 @@ def duration(seconds: float) -> str:
   return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
   """Bytes in words: 512 bytes, 3.4 MiB, 120.0 GiB."""
   if count < 1024:
     return f"{count:.0f} bytes"

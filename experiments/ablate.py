@@ -1,5 +1,8 @@
 """One field, several values, several seeds: the final loss of each.
 
+A run that diverges is named in the table and in the result, and left out of the
+mean of its value; the others go on.
+
   python -m experiments.ablate --config=experiments/configs/tiny.py \
     --workdir=runs/table_init --field=model.engram.table_init_std \
     --values=0.0,0.02,1.0 --out=experiments/results/table_init.json
@@ -14,7 +17,13 @@ from absl import flags
 from engram_jax.config_dicts import to_dict
 from experiments import cli, number_flags
 from experiments.results import require_place, write_result
-from experiments.sweeps import changed, runs_of, spread, train_seeds
+from experiments.sweeps import (
+  changed,
+  finished,
+  runs_of,
+  spread,
+  train_seeds,
+)
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
@@ -40,7 +49,7 @@ def main(argv) -> None:
   config, field = cli.frozen(_CONFIG.value), _FIELD.value
   # Every value is checked before the first run begins.
   variants = {v: changed(config, {field: parse(v)}) for v in _VALUES.value}
-  with runs_of(config, len(variants) * len(_SEEDS.value)) as shown:
+  with runs_of(config, len(variants) * len(_SEEDS.value)) as advance:
     results = {
       value: train_seeds(
         value,
@@ -48,7 +57,7 @@ def main(argv) -> None:
         pathlib.Path(_WORKDIR.value).expanduser(),
         seeds=_SEEDS.value,
         eval_batches=_BATCHES.value,
-        shown=shown,
+        advance=advance,
       )
       for value, variant in variants.items()
     }
@@ -56,10 +65,13 @@ def main(argv) -> None:
     _OUT.value,
     {"field": field, "config": to_dict(config), "results": results},
   )
-  rows = [
-    (value, spread([record["loss"]["on"] for record in records]))
-    for value, records in results.items()
-  ]
+  rows = []
+  for value, records in results.items():
+    good = finished(records)
+    text = spread([record["loss"]["on"] for record in good])
+    if lost := [str(r["seed"]) for r in records if r not in good]:
+      text += f"  diverged: seed {', '.join(lost)}"
+    rows.append((value, text))
   print(cli.table(rows, f"Validation loss by {field}, nats per token"))
 
 

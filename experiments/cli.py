@@ -55,12 +55,57 @@ def define_config(
   flag_values: flags.FlagValues = flags.FLAGS,
 ) -> flags.FlagHolder:
   """The flag `--config=FILE.py`, whose fields are flags too."""
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file; override a field by --config.train.steps=10",
     flag_values=flag_values,
   )
+  flag = flag_values["config"]
+  flag.parser = _ConfigFile(flag.parser)
+  return holder
+
+
+class _ConfigFileError(Exception):
+  """What is wrong with a config file; not a ValueError, as absl adds to it."""
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """A parser of config files that tells their errors in one line.
+
+  Args:
+    parser: that of ml_collections.
+  """
+
+  def __init__(self, parser: flags.ArgumentParser):
+    super().__init__()
+    self._parser = parser
+
+  def parse(self, argument: Any) -> ml_collections.ConfigDict:
+    path = str(argument).partition(":")[0]
+    try:
+      open(path).close()
+      config = self._parser.parse(argument)
+      config.to_dict()  # of a file that is missing it is an error of its own
+      return config
+    except Exception as error:  # the file is a program: of any kind
+      causes = [error]
+      while causes[-1].__context__ is not None:
+        causes.append(causes[-1].__context__)
+      for cause in causes:
+        if isinstance(cause, InputError):
+          raise _ConfigFileError(cause) from None
+      if isinstance(error, (TypeError, ValueError)) and len(causes) > 1:
+        error = causes[1]  # without the text of its traceback
+      trace = traceback.walk_tb(error.__traceback__)
+      lines = [n for f, n in trace if f.f_code.co_filename == path]
+      why = f"line {lines[-1]}: " if lines else ""
+      why += f"{type(error).__name__}: {first_line(error)}"
+      valid = f"a Python file whose get_config() gives a ConfigDict ({why})"
+      raise _ConfigFileError(InputError("config", argument, valid)) from None
+
+  def flag_type(self) -> str:
+    return self._parser.flag_type()
 
 
 def define_processes() -> Callable[[], None]:
@@ -124,9 +169,8 @@ def run(
   def parse(argv: Sequence[str]) -> list[str]:
     try:
       return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError, ValueError) as error:
-      # How ml_collections speaks of an unknown field, one of what is None, or
-      # a missing file.
+    except (_ConfigFileError, AttributeError, KeyError, ValueError) as error:
+      # How ml_collections speaks of an unknown field, or one of what is None.
       fail(" ".join(str(error.args[-1]).split()), 2)
 
   def guarded(argv: Sequence[str]) -> None:

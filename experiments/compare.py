@@ -7,7 +7,10 @@ Two models: the config's, and the same one whose memory has been turned into
 routed experts (equal total and equal activated parameters, see
 `analysis.allocation.swap_memory_for_experts`). Equal text in equal order. The
 learning rate is tuned on the side *without* memory, on a seed of its own, and
-used for both: what the memory wins, it wins at its rival's best rate.
+used for both: what the memory wins, it wins at its rival's best rate. A rate at
+which the rival diverges is told of and left out of the choice. If a run of the
+comparison itself diverges, the others are finished and the program ends with
+its name: to leave its seed out would favour its side.
 """
 
 import pathlib
@@ -24,7 +27,14 @@ from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.runs import make_memory
 from experiments import cli, number_flags
 from experiments.results import ROOT, require_place, write_result
-from experiments.sweeps import changed, runs_of, spread, train_seeds
+from experiments.sweeps import (
+  changed,
+  finished,
+  require_finished,
+  runs_of,
+  spread,
+  train_seeds,
+)
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all the runs.")
@@ -54,35 +64,37 @@ def without_memory(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def tune(
-  config, workdir, *, rates, seed, eval_batches, shown
-) -> dict[float, float]:
-  """Loss at the end of a run, by learning rate."""
-  losses = {}
+  config, workdir, *, rates, seed, **options
+) -> dict[float, float | None]:
+  """Loss at the end of a run, by learning rate; None where it diverged.
+
+  Raises:
+    DivergedError: at every rate.
+  """
+  losses, runs = {}, {}
   for rate in rates:
     at_rate = changed(config, {"train.learning_rate": rate})
     name = f"tuning-{rate:g}"
-    (record,) = train_seeds(
-      name,
-      at_rate,
-      workdir,
-      seeds=[seed],
-      eval_batches=eval_batches,
-      shown=shown,
-    )
-    losses[rate] = record["loss"]["on"]
+    runs[name] = train_seeds(name, at_rate, workdir, seeds=[seed], **options)
+    (record,) = runs[name]
+    losses[rate] = None if "diverged" in record else record["loss"]["on"]
+  if not any(finished(records) for records in runs.values()):
+    require_finished(runs)
   return losses
 
 
 def train_both(config, rival, workdir, *, rates, seeds, **options):
   """Losses by rate, the best rate, and the records of both sides at it."""
   tuning = tune(rival, workdir, rates=rates, seed=_TUNING_SEED.value, **options)
-  best = min(tuning, key=tuning.get)
+  tried = [rate for rate in rates if tuning[rate] is not None]
+  best = min(tried, key=tuning.get)
   if best in (rates[0], rates[-1]) and len(rates) > 1:
     print(f"the best rate, {best:g}, is at the edge of those tried: {rates}")
   sides = {}
   for name, side in (("memory", config), ("experts", rival)):
     at_best = changed(side, {"train.learning_rate": best})
     sides[name] = train_seeds(name, at_best, workdir, seeds=seeds, **options)
+  require_finished(sides)
   return tuning, best, sides
 
 
@@ -115,8 +127,8 @@ def main(argv) -> None:
   config = cli.frozen(_CONFIG.value)
   rival = without_memory(config)
   rates, seeds = _RATES.value, _SEEDS.value
-  with runs_of(config, len(rates) + 2 * len(seeds)) as shown:
-    options = dict(eval_batches=_BATCHES.value, shown=shown)
+  with runs_of(config, len(rates) + 2 * len(seeds)) as advance:
+    options = dict(eval_batches=_BATCHES.value, advance=advance)
     tuning, best, sides = train_both(
       config, rival, workdir, rates=rates, seeds=seeds, **options
     )

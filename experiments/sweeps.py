@@ -1,8 +1,12 @@
-"""Several runs that differ in one thing: the same seeds, the same text."""
+"""Several runs that differ in one thing: the same seeds, the same text.
+
+A run that diverges ends by itself: it is told of and recorded, and the others
+go on. What a program makes of it the program says.
+"""
 
 import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from engram_jax.data.pipeline import held_out_batches
 from engram_jax.errors import NonFiniteError, require
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.stores.program_stores import TableStore
+from engram_jax.training.divergence import DivergedError
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.loop import run
 from engram_jax.training.metrics import read_metrics
@@ -96,7 +101,7 @@ def train_seeds(
   *,
   seeds: Sequence[int],
   eval_batches: int,
-  shown: progress.Progress | None = None,
+  advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
   """`train_once` for each seed, telling how it goes.
 
@@ -106,28 +111,52 @@ def train_seeds(
     workdir: folder of their folders.
     seeds: seeds of the runs.
     eval_batches: see `train_once`.
-    shown: counts the runs; see `runs_of`.
+    advance: counts the runs; see `runs_of`.
+
+  Returns:
+    A record per seed; of a run that diverged its `seed` and, in `diverged`, the
+    reason.
   """
   records = []
   for seed in seeds:
     seeded = changed(config, {"train.seed": seed})
     progress.say(f"run {name}, seed {seed}: {config.train.steps:,} steps")
+    folder = workdir / f"{name}-seed{seed}"
     try:
-      record = train_once(
-        seeded, workdir / f"{name}-seed{seed}", eval_batches=eval_batches
-      )
-    except NonFiniteError as error:
-      raise NonFiniteError(f"{name}, seed {seed}: {error}") from None
-    if shown is not None:
-      shown.update()
-    print(f"{name}, seed {seed}: {record['loss']['on']:.4f}", flush=True)
+      record = train_once(seeded, folder, eval_batches=eval_batches)
+      line = f"{record['loss']['on']:.4f}"
+    except (DivergedError, NonFiniteError) as error:
+      record, line = {"seed": seed, "diverged": str(error)}, str(error)
+    advance(1)
+    print(f"{name}, seed {seed}: {line}", flush=True)
     records.append(record)
   return records
 
 
+def finished(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Those of runs that did not diverge."""
+  return [record for record in records if "diverged" not in record]
+
+
+def require_finished(runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+  """Refuses runs, by name, of which one has diverged.
+
+  Raises:
+    DivergedError: with the names and seeds of all that have.
+  """
+  lost = [
+    f"{name}, seed {record['seed']}"
+    for name, records in runs.items()
+    for record in records
+    if "diverged" in record
+  ]
+  if lost:
+    raise DivergedError(f"diverged: {'; '.join(lost)}")
+
+
 def runs_of(
   config: ExperimentConfig, count: int
-) -> contextlib.AbstractContextManager[progress.Progress]:
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
   """Says what all the runs of a program come to, and counts them.
 
   Args:
@@ -141,6 +170,8 @@ def runs_of(
 
 
 def spread(values: Sequence[float]) -> str:
-  """Mean, and from the least to the most, for a table."""
+  """Mean, and from the least to the most, for a table; of none a dash."""
+  if not values:
+    return "-"
   mean, low, high = np.mean(values), min(values), max(values)
   return f"{mean:.4f}  ({low:.4f} to {high:.4f}, {len(values)} seeds)"

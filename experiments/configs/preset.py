@@ -11,7 +11,7 @@ tokens that is a stand-in, and wants more text.
 
 import ml_collections
 
-from engram_jax.errors import InputError, require
+from engram_jax.errors import require
 from engram_jax.presets import preset
 from engram_jax.run_config import DataConfig, ExperimentConfig
 from experiments.cli import as_config_dict, frozen
@@ -51,10 +51,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
   """What `--config` reads; `name` is what follows the colon.
 
   Raises:
-    KeyError: no such preset. The flag's parser would wrap a ValueError in a
-      traceback; of this `experiments/cli.py` makes one line.
+    InputError: no such preset.
   """
-  try:
-    return as_config_dict(experiment_of(name))
-  except InputError as error:
-    raise KeyError(str(error)) from None
+  return as_config_dict(experiment_of(name))

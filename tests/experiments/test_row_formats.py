@@ -160,6 +160,6 @@ def test_a_run_is_shown_with_its_scale(monkeypatch, batches, tmp_path):
 def test_what_cannot_be_compared_is_refused(trained, batches):
   with pytest.raises(InputError, match=r"^batches: 1; valid: 2 or more"):
     row_formats.compare(trained, batches[:1])
-  plain = types.SimpleNamespace(hashing=None)
+  plain = types.SimpleNamespace(memory=None)
   with pytest.raises(InputError, match=r"^workdir: no memory; valid: a run"):
     row_formats.compare(plain, batches)
