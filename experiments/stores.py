@@ -34,7 +34,7 @@ def define_store() -> Callable[[], dict[str, Any]]:
     "allow_other_step", False, "Take a row file of another step of the run."
   )
   return lambda: {
-    "home": store.value,
+    "location": store.value,
     "row_format": row_format.value,
     "verify": verify.value,
     "allow_other_step": other_step.value,
@@ -53,7 +53,7 @@ def load(
   workdir: str,
   *,
   step: int | None = None,
-  home: str = "device",
+  location: str = "device",
   row_format: str | None = None,
   verify: bool = False,
   allow_other_step: bool = False,
@@ -64,7 +64,8 @@ def load(
   Args:
     workdir: the run's folder.
     step: step of the checkpoint; None for the newest.
-    home: see `open_store`. With a file the checkpoint's tables are not read.
+    location: see `open_store`. With a file the tables of the checkpoint are
+      not read.
     row_format: see `open_store`.
     verify: see `open_store`.
     allow_other_step: see `open_store`.
@@ -81,15 +82,15 @@ def load(
   ok = math.isfinite(cache_mib) and cache_mib >= 0
   require(ok, "cache_mib", cache_mib, "0 for none, or a number above it")
   with progress.waiting("reading the checkpoint", announce=False):
-    trained = load_run(workdir, step=step, tables=not reads_a_file(home))
-  tables_do = home == "device" and row_format is None and not cache_mib
+    trained = load_run(workdir, step=step, tables=not reads_a_file(location))
+  tables_do = location == "device" and row_format is None and not cache_mib
   if tables_do and not verify and not allow_other_step:
     return trained, TableStore(trained.tables) if trained.tables else None
   valid = "device, without row_format and cache_mib: the model has no memory"
-  require(trained.memory is not None, "store", home, valid)
-  with progress.waiting(f"opening {home}", announce=False):
+  require(trained.memory is not None, "store", location, valid)
+  with progress.waiting(f"opening {location}", announce=False):
     store = trained.memory.open_store(
-      home,
+      location,
       trained.tables or None,
       row_format=row_format,
       made_from=trained.identity,

@@ -414,12 +414,12 @@ class Memory:
   # --- rows elsewhere ---
 
   def open_store(
-    self, home: str, tables: Tables | None = None, **options: Any
+    self, location: str, tables: Tables | None = None, **options: Any
   ) -> RowStore:
     """A store of this memory's rows, of the kind that a word names.
 
     Args:
-      home: `device`, `pinned`, `host` or `file:PATH`.
+      location: `device`, `pinned`, `host` or `file:PATH`.
       tables: [R, d] per Engram layer, to be packed; None for a file.
       **options: as of `open_store`: `row_format`, `verify`,
         `cache_bytes`.
@@ -428,7 +428,7 @@ class Memory:
       InputError: as `open_store`: above all, a file of another memory.
     """
     return open_store(
-      home,
+      location,
       tables,
       self.hashing,
       compression_digest=self.compression.digest,

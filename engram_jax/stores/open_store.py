@@ -30,20 +30,20 @@ _KINDS = {"device": DeviceStore, "pinned": PinnedStore, "host": HostStore}
 _CHUNK = 2**16
 
 
-def reads_a_file(home: str) -> bool:
+def reads_a_file(location: str) -> bool:
   """Whether the rows are a file's, and no table is needed.
 
   Raises:
     InputError: a word that names no store.
   """
   valid = f"{', '.join(_KINDS)} or {_FILE}PATH"
-  is_file = home.startswith(_FILE)
-  require(is_file or home in _KINDS, "store", home, valid)
+  is_file = location.startswith(_FILE)
+  require(is_file or location in _KINDS, "store", location, valid)
   return is_file
 
 
 def open_store(
-  home: str,
+  location: str,
   tables: Tables | None,
   hashing: NgramHash,
   *,
@@ -57,7 +57,7 @@ def open_store(
   """A store of the model's rows.
 
   Args:
-    home: where the rows live; see the file's docstring.
+    location: where the rows live; see the file's docstring.
     tables: [R, d] per Engram layer, to be packed; None for a file.
     hashing: the model's.
     row_format: format of the packed rows, one of `FORMATS`; None for float32,
@@ -76,9 +76,9 @@ def open_store(
       verify; tables that are missing or not finite; a cache of less than a
       row.
   """
-  if reads_a_file(home):
+  if reads_a_file(location):
     file = RowFile(
-      Path(home.removeprefix(_FILE)).expanduser(),
+      Path(location.removeprefix(_FILE)).expanduser(),
       hashing=hashing,
       compression_digest=compression_digest,
       made_from=made_from,
@@ -93,14 +93,14 @@ def open_store(
       file.verify()
     store = FileStore(file)
   else:
-    valid = f"a store that is {_FILE}PATH: {home} has no checksums"
+    valid = f"a store that is {_FILE}PATH: {location} has no checksums"
     require(not verify, "verify", verify, valid)
-    valid = f"a store that is {_FILE}PATH: {home} has the model's own rows"
+    valid = f"a store that is {_FILE}PATH: {location} has the model's own rows"
     require(not allow_other_step, "allow_other_step", allow_other_step, valid)
     if tables is None:
-      raise InputError("tables", None, f"the tables to be kept on {home}")
+      raise InputError("tables", None, f"the tables to be kept on {location}")
     packed, fmt = pack_tables(tables, hashing, row_format or "float32")
-    store = _KINDS[home](packed, fmt)
+    store = _KINDS[location](packed, fmt)
   ok = cache_bytes >= 0
   require(ok, "cache_bytes", cache_bytes, "0 for none, or a number of bytes")
   if not cache_bytes:

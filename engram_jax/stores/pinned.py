@@ -61,7 +61,7 @@ def gather_on_host(
 
 def pin(
   table: UInt8[Array | np.ndarray, "_R n"],
-  home: Format,
+  location: Format,
   *,
   rows_at_a_time: int = 2**16,
 ) -> UInt8[Array, "_R n"]:
@@ -69,21 +69,21 @@ def pin(
 
   Args:
     table: packed rows.
-    home: its format there, from `pinned_format`.
+    location: its format there, from `pinned_format`.
     rows_at_a_time: rows that cross the device at a time, where they have to.
   """
-  if home.layout is None:
-    return jax.device_put(table, home.sharding)
+  if location.layout is None:
+    return jax.device_put(table, location.sharding)
   # Into a layout JAX brings an array on the device, which may be too small for
   # the whole.
   host = jax.memory.Space.Host
   on_host = _compute_on(compute_type="device_host", out_memory_spaces=host)
 
-  @functools.partial(jax.jit, out_shardings=home)
+  @functools.partial(jax.jit, out_shardings=location)
   def empty():
     return on_host(lambda: jnp.zeros(table.shape, table.dtype))()
 
-  @functools.partial(jax.jit, out_shardings=home, donate_argnums=0)
+  @functools.partial(jax.jit, out_shardings=location, donate_argnums=0)
   def put(pinned, rows, start):
     def update(pinned, rows, start):
       place = (start, jnp.zeros_like(start))

@@ -168,8 +168,8 @@ class PinnedStore(ProgramStore):
     kinds = [memory.kind for memory in device.addressable_memories()]
     valid = "a device with pinned_host memory; HostStore needs none"
     require("pinned_host" in kinds, "device", device, valid)
-    home = pinned_format(device)
-    moved = {layer: pin(x, home) for layer, x in tables.items()}
+    layout = pinned_format(device)
+    moved = {layer: pin(x, layout) for layer, x in tables.items()}
     super().__init__(moved, row_format)
     try:
       first = next(iter(moved.values()))
