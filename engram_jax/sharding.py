@@ -197,7 +197,7 @@ def require_fit(
   divides("model.moe.num_experts", moe.num_experts, experts, "mesh.expert")
   divides("model.moe.expert_size", moe.expert_size, tensor, "mesh.tensor")
   ok = moe.dispatch != "dropless" or experts == 1
-  valid = f"bucketed or dropless with mesh.expert = {experts}"
+  valid = f"bucketed or dense with mesh.expert = {experts}"
   require(ok, "model.moe.dispatch", moe.dispatch, valid)
 
 

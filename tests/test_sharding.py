@@ -122,7 +122,7 @@ def test_a_run_that_fits(shape):
     (
       (4, 2, 1),
       {"dispatch": "dropless"},
-      r"^model.moe.dispatch: ragged; valid: bucketed or dense with",
+      r"^model.moe.dispatch: dropless; valid: bucketed or dense with",
     ),
   ],
 )
