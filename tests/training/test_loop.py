@@ -84,7 +84,7 @@ def refused(text, prepared, tmp_path_factory):
     start(config, workdir)
   config = experiment(text, prepared, vocab_size=280)
   moved = dataclasses.replace(config.data, folder=str(workdir / "nothing"))
-  with pytest.raises(InputError, match="^folder"):
+  with pytest.raises(InputError, match=r"^folder"):
     start(dataclasses.replace(config, data=moved), workdir)
   return workdir
 
