@@ -37,7 +37,6 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from engram_jax import sharding
 from engram_jax.errors import require
-from engram_jax.norms import power_of_two
 from engram_jax.parameters import Metadata, as_names, map_parameters
 
 #: RMS of AdamW's updates, as the paper found it.
@@ -172,7 +171,11 @@ def newton_schulz(
   No finite matrix is too large for its norm.
   """
   largest = jnp.max(jnp.abs(matrices), axis=(1, 2), keepdims=True)
-  matrices = matrices * power_of_two(largest)
+  # Powers of two, which change no digit: no square overflows, and what is left
+  # is above 1, far from the 1e-8 that optax adds to the norm.
+  factor = jnp.where(largest > 2.0**50, 2.0**-50, jnp.ones_like(largest))
+  factor = jnp.where(largest > 2.0**90, 2.0**-85, factor)
+  matrices = matrices * factor
   # Without momentum it carries nothing from one step to the next. A row of
   # coefficients per step makes it a loop, which compiles in half the time.
   transform = scale_by_muon(
