@@ -12,7 +12,7 @@ def test_runs_that_diverged_are_told_apart():
   good, lost = {"seed": 0, "loss": {}}, {"seed": 1, "diverged": "at step 3"}
   assert sweeps.finished([good, lost]) == [good]
   sweeps.require_finished({"memory": [good]})
-  with pytest.raises(DivergedError, match="^diverged: experts, seed 1$"):
+  with pytest.raises(DivergedError, match=r"^diverged: experts, seed 1$"):
     sweeps.require_finished({"memory": [good], "experts": [good, lost]})
   assert sweeps.spread([]) == "-"
 
