@@ -92,6 +92,11 @@ def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
     text = json.dumps(whole, indent=2, allow_nan=False)
   except ValueError:
     raise NonFiniteError(f"{path}: a number of the result is none") from None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    valid = f"a file in a folder that can be made ({error.strerror})"
+    raise InputError("out", path, valid) from None
   write_whole(path, text + "\n")
 
 

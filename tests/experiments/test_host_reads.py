@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engram_jax import stores
+from engram_jax.stores.host_stores import HostStore
 from engram_jax.stores.quantization import RowFormat
 from experiments.benchmarks import fixtures, host_reads
 
@@ -35,13 +35,13 @@ def test_a_way_that_is_not_taken_is_said_so(tables, monkeypatch):
 
 
 def test_other_numbers_are_an_error(tables, monkeypatch):
-  plain = stores.HostStore.copy_rows
+  plain = HostStore.copy_rows
 
   def wrong(self, layer, ids, out):
     plain(self, layer, ids, out)
     out ^= 1
 
-  monkeypatch.setattr(stores.HostStore, "copy_rows", wrong)
+  monkeypatch.setattr(HostStore, "copy_rows", wrong)
   with pytest.raises(RuntimeError, match=r"^sent: other numbers than device$"):
     host_reads.compare(tables, FORMAT, ids=[8], repeats=1)
 

@@ -62,7 +62,7 @@ def test_longer_text(trained, program, tmp_path):
     "step": 4,
     "weights": load_run(trained).identity.weights,
   }
-  assert json.loads((workdir / "origin.json").read_text()) == origin
+  assert json.loads((workdir / "init_from.json").read_text()) == origin
   records = read_metrics(workdir / "metrics.jsonl", "train")
   assert [record["step"] for record in records] == [1, 2, 3]
   assert all(math.isfinite(record["loss"]) for record in records)

@@ -29,7 +29,6 @@ def test_a_value_that_diverges_is_named_and_the_others_are_compared(
     "--seeds=0",
     "--eval_batches=1",
     "--config.train.clip_norm=1e30",
-    "--config.train.steps=4",
     f"--out={out}",
   )
   assert done.returncode == 0, done.stderr
@@ -49,7 +48,6 @@ def test_a_rate_at_which_the_rival_diverges_is_left_out(program, tmp_path):
     "--seeds=0",
     "--eval_batches=1",
     "--config.train.clip_norm=1e30",
-    "--config.train.steps=4",
     f"--out={out}",
   )
   assert done.returncode == 0, done.stderr
