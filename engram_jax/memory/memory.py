@@ -338,10 +338,12 @@ class Memory:
         for layer, rows in self.num_rows.items()
       }
 
-    if mesh is None or isinstance(key, jax.core.Tracer):
+    if isinstance(key, jax.core.Tracer):
       return init(key)
-    # Compiled, so that no device ever holds a whole table.
-    return jax.jit(init, out_shardings=sharding.TABLE)(key)
+    # Compiled, so that no device ever holds a whole table; without a mesh too,
+    # so that the rows are the same to the bit.
+    shardings = {} if mesh is None else {"out_shardings": sharding.TABLE}
+    return jax.jit(init, **shardings)(key)
 
   def init_optimizer(
     self, row_optimizer: RowOptimizer, tables: Tables

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -81,3 +82,52 @@ def test_it_is_the_same_everywhere(any_mesh, across):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5 * np.abs(b).max())
 
   jax.tree.map(same, jax.device_get(found), jax.device_get(wanted))
+
+
+def test_a_step_of_memory_alone_is_that_of_one_device(any_mesh):
+  memory = engram_jax.Memory.create(CONFIG, vocab_size=VOCAB)
+  row_tx = engram_jax.row_sparse(optax.scale_by_adam())
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+
+  def step(tables, states, tokens, *, capacity=None, strategy=None):
+    found = memory.lookup(tables, tokens, strategy=strategy, capacity=capacity)
+    gradients = jax.tree.map(jnp.sin, found.rows)
+    tables, states = memory.update(
+      row_tx, tables, states, found, gradients, learning_rate=0.1
+    )
+    needed = 0 if found.capacity is None else found.capacity_needed
+    return tables, states, jnp.asarray(found.is_complete), jnp.asarray(needed)
+
+  step = jax.jit(step, static_argnames=("capacity", "strategy"))
+  alone = memory.init_tables(jax.random.key(0))
+  rows = memory.num_rows[1]
+  wanted, *_ = step(alone, memory.init_optimizer(row_tx, alone), tokens)
+
+  with jax.set_mesh(any_mesh):
+    tables = memory.init_tables(jax.random.key(0))
+    assert tables[1].sharding.spec == sharding.TABLE
+    np.testing.assert_array_equal(tables[1][:rows], alone[1])
+    states = memory.init_optimizer(row_tx, tables)
+    assert states[1].mu.sharding.spec == sharding.TABLE
+    placed = jax.device_put(tokens, NamedSharding(any_mesh, sharding.TOKENS))
+    start = np.asarray(tables[1])
+
+    # Without a capacity every batch is complete.
+    found, _, complete, _ = step(tables, states, placed)
+    assert complete
+    np.testing.assert_allclose(found[1][:rows], wanted[1], rtol=1e-5, atol=1e-6)
+    assert not np.asarray(found[1][rows:]).any()
+
+    # With too small a one nothing moves, and what it takes is known.
+    same, kept, complete, needed = step(
+      tables, states, placed, capacity=1, strategy="exchange"
+    )
+    assert not complete and needed > 1
+    np.testing.assert_array_equal(same[1], start)
+    assert int(kept[1].count) == 0
+    found, _, complete, _ = step(
+      tables, states, placed, capacity=int(needed), strategy="exchange"
+    )
+    assert complete
+    np.testing.assert_allclose(found[1][:rows], wanted[1], rtol=1e-5, atol=1e-6)
