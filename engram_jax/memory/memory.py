@@ -319,7 +319,7 @@ class Memory:
       key: a JAX random key.
 
     Returns:
-      float32 [R, d] per Engram layer. The rows do not depend on the mesh.
+      float32 [R, d] per Engram layer; but for rounding, the same on any mesh.
     """
     mesh = sharding.current_mesh()
 
@@ -340,8 +340,7 @@ class Memory:
 
     if isinstance(key, jax.core.Tracer):
       return init(key)
-    # Compiled, so that no device ever holds a whole table; without a mesh too,
-    # so that the rows are the same to the bit.
+    # Compiled, so that no device ever holds a whole table.
     shardings = {} if mesh is None else {"out_shardings": sharding.TABLE}
     return jax.jit(init, **shardings)(key)
 

@@ -107,7 +107,7 @@ def test_a_step_of_memory_alone_is_that_of_one_device(any_mesh):
   with jax.set_mesh(any_mesh):
     tables = memory.init_tables(jax.random.key(0))
     assert tables[1].sharding.spec == sharding.TABLE
-    np.testing.assert_array_equal(tables[1][:rows], alone[1])
+    np.testing.assert_allclose(tables[1][:rows], alone[1], rtol=1e-6)
     states = memory.init_optimizer(row_tx, tables)
     assert states[1].mu.sharding.spec == sharding.TABLE
     placed = jax.device_put(tokens, NamedSharding(any_mesh, sharding.TOKENS))
