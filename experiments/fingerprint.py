@@ -80,6 +80,18 @@ def golden_ids(case: Mapping[str, Any], ids: np.ndarray) -> list[Any]:
   ]
 
 
+#: The optimizer state's names when the fingerprint was made: ours, not optax's.
+_FIRST_NAMES = {"count": "step", "mu": "mean", "nu": "variance"}
+
+
+def _first_name(name: str) -> str:
+  """The name of an array of a state as it was when the fingerprint was made."""
+  if not name.startswith("table_states/"):
+    return name
+  stem, _, last = name.rpartition("/")
+  return f"{stem}/{_FIRST_NAMES.get(last, last)}"
+
+
 class Subject:
   """A model with its training, on one device or on a mesh.
 
@@ -125,7 +137,7 @@ class Subject:
 
   def arrays(self, state: State) -> dict[str, Any]:
     """Every array of the state by the name that it has in a checkpoint."""
-    return flatten(state)
+    return {_first_name(name): leaf for name, leaf in flatten(state).items()}
 
   @contextlib.contextmanager
   def stores(
