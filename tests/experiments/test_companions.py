@@ -60,7 +60,7 @@ def test_another_runs_file_is_refused_wherever_it_is_loaded(
   workdir = tmp_path / "run"
   shutil.copytree(runs / "run", workdir)
   stored = json.loads(
-    (workdir / "checkpoints/8/constants/metadata").read_text()
+    (workdir / "checkpoints/8/run_metadata/metadata").read_text()
   )
   shutil.copy(runs / "others" / name, workdir / name)
   words = field, workdir / name, stored[field]
