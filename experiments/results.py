@@ -14,7 +14,12 @@ from typing import Any
 
 import jax
 
-from engram_jax.errors import InputError, NonFiniteError, require
+from engram_jax.errors import (
+  InputError,
+  NonFiniteError,
+  first_line,
+  require,
+)
 from engram_jax.files import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -65,23 +70,25 @@ def command() -> str:
 def require_place(path: str | os.PathLike, field: str = "out") -> pathlib.Path:
   """The path of a file that can be written, before the work is done for it.
 
+  Args:
+    path: the file; folders above it that are missing are made.
+    field: name of the flag, to blame.
+
   Raises:
     InputError: a folder, or a place where this user cannot make a file.
   """
   try:
     path = pathlib.Path(path).expanduser().absolute()
-  except RuntimeError as error:
-    raise InputError(field, path, f"a file ({error})") from None
-  require(not os.path.isdir(path), field, path, "a file: this is a folder")
-  parent = path.parent
-  while not os.path.lexists(parent):
-    parent = parent.parent
-  try:
-    with tempfile.TemporaryFile(dir=parent):
-      return path
-  except OSError as error:
-    valid = f"a file in a folder that can be written to ({error.strerror})"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_folder = path.is_dir()
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except (OSError, RuntimeError, ValueError) as error:
+    # A home that is not there is a RuntimeError, a NUL a ValueError.
+    valid = f"a file in a folder that can be written to ({first_line(error)})"
     raise InputError(field, path, valid) from None
+  require(not is_folder, field, path, "a file: this is a folder")
+  return path
 
 
 def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
@@ -92,11 +99,6 @@ def write_result(path: str | os.PathLike, result: dict[str, Any]) -> None:
     text = json.dumps(whole, indent=2, allow_nan=False)
   except ValueError:
     raise NonFiniteError(f"{path}: a number of the result is none") from None
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    valid = f"a file in a folder that can be made ({error.strerror})"
-    raise InputError("out", path, valid) from None
   write_whole(path, text + "\n")
 
 
