@@ -64,7 +64,7 @@ def equal_dense(model: ModelConfig) -> ModelConfig:
 #: Fields of the experts' config that change, some by a factor. All of the
 #: variants activate the same but for the router.
 VARIANTS: dict[str, dict[str, Any]] = {
-  "dense": {"dispatch": "dense"},
+  "every expert on every token": {"dispatch": "dense"},
   "capacity 1": {"capacity_factor": 1.0},
   "half the experts": {"num_experts": lambda m: m.num_experts // 2},
   "twice the experts": {"num_experts": lambda m: 2 * m.num_experts},
