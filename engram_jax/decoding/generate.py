@@ -52,7 +52,7 @@ def draw_tokens(
   logits: Float[Array, "B V"],
   steps: Int[Array, "B"],
   sequences: Int[Array, "B"],
-  **options,
+  **options: Any,
 ) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
   """A token for each slot, and whether its logits were numbers.
 
@@ -61,7 +61,8 @@ def draw_tokens(
     logits: [B, V].
     steps: int32 [B], the number of tokens that each sequence has drawn.
     sequences: int32 [B], the sequence in each slot.
-    **options: of `sample_each`.
+    **options: temperature, top_k, top_p and allowed, as `sample_each` takes
+      them.
   """
   fold = jax.random.fold_in
   keys = jax.vmap(lambda t, b: fold(fold(key, t), b))(steps, sequences)

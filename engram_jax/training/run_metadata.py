@@ -173,10 +173,10 @@ def difference(
   """
 
   def free(path: str) -> bool:
-    if path == "held_out_digest":
-      return path not in found  # as in earlier checkpoints
     if init:
       return path in FREE_ON_INIT
+    if path == "held_out_digest":
+      return path not in found  # as in earlier checkpoints
     return path == "versions" or path.removeprefix("config.") in FREE_ON_RESUME
 
   if init:
