@@ -132,5 +132,5 @@ def test_the_tiny_config_is_the_preset():
 def test_an_unknown_preset_is_refused_with_those_near(name, valid):
   with pytest.raises(InputError, match=f"preset: .*; valid: {valid}"):
     preset(name)
-  with pytest.raises(KeyError, match=valid):
+  with pytest.raises(InputError, match=valid):
     preset_config.get_config(name)

@@ -221,7 +221,7 @@ def any_process(flag: Any) -> bool:
   flags = jax.make_array_from_callback(
     (jax.device_count(),), split, lambda index: mine
   )
-  return bool(fetch(any_of(flags)))
+  return bool(to_host(any_of(flags)))
 
 
 @functools.cache
