@@ -1,4 +1,4 @@
-"""Devices as a mesh, and which axis of an array lies along which of its axes.
+"""Devices as a mesh, and which mesh axis each axis of an array lies along.
 
   replica  splits the batch
   data     splits the batch too, and every parameter with its optimizer's state

@@ -155,10 +155,10 @@ class Subject:
       write_row_file(path, {i: [x] for i, x in packed.items()}, header)
       return f"file:{path}"
 
-    def opened(home, name, cache_bytes=0):
-      given = None if home.startswith("file:") else tables
+    def opened(where, name, cache_bytes=0):
+      given = None if where.startswith("file:") else tables
       return memory.open_store(
-        home, given, row_format=name, cache_bytes=cache_bytes
+        where, given, row_format=name, cache_bytes=cache_bytes
       )
 
     cache = 2**16

@@ -5,7 +5,7 @@ tokens of the whole batch on every device. So both happen inside one
 `shard_map`: each device routes its part of the batch as one device routes the
 whole, and holds E / n of the experts, of these its slice of the hidden width F.
 
-  dense  all_gather of the group's tokens; own experts on all of them;
+  dense     all_gather of the group's tokens; own experts on all of them;
             reduce-scatter of the sums to the tokens' owners. Exact under any
             load, for n times the memory: the oracle on a mesh
   bucketed  own tokens to buckets [E, C, D]; all_to_all; own experts on

@@ -1,4 +1,4 @@
-"""Hot rows: the packed rows in use, kept on the device before any store.
+"""Row cache: packed rows that are in use, kept on the device, for any store.
 
 N-grams are Zipfian: a few rows are read at almost every step. Of each layer
 

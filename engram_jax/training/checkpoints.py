@@ -16,7 +16,7 @@ A checkpoint is read on any number of devices, whatever number wrote it. A
 table, and its optimizer's state, ends in zero rows that make its devices' parts
 equal. The manifest says how many rows its hash can name; those beyond are
 dropped or added by Orbax while each device reads its part, so that no table is
-ever whole on one host. The checksum does not see them (`manifest.py`), but it
+ever whole on one host. The checksum does not see them (`checksums.py`), but it
 would see a row dropped that is not zero. Any other difference is refused.
 
 What may happen to a run, and what keeps a checkpoint right:
@@ -61,12 +61,12 @@ from engram_jax.training.checkpoint_files import (
   reading,
   writing,
 )
-from engram_jax.training.json_values import plain
-from engram_jax.training.manifest import (
+from engram_jax.training.checksums import (
   describe,
   require_same_arrays,
   rows_in_use,
 )
+from engram_jax.training.json_values import plain
 from engram_jax.training.state import TrainState, flatten, unflatten
 
 # Deleted checkpoints wait here: a rename is atomic, a deletion is not.
@@ -375,7 +375,7 @@ class Checkpoints:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
 
   def read_manifest(self, step: int) -> dict[str, Any]:
-    """What `manifest.py` says of a checkpoint."""
+    """What `checksums.py` says of a checkpoint."""
     manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
     whole = {"arrays", "rows", "run_metadata", "data"} <= set(manifest)
     self._require_whole(whole, step, "manifest")

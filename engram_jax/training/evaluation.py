@@ -1,6 +1,6 @@
 """The loss of a text, with the memory on, off, or reading the wrong rows.
 
-The rows come from a store. Those of the tables are read in the setup that
+The rows come from a store. Those of the tables are read in the program that
 computes the loss, and under a mesh exchanged there between devices. Those of
 any other store are fetched while the batch before is computed.
 """
@@ -165,7 +165,7 @@ def batch_row_ids(setup: TrainSetup, batch: Batch) -> dict[int, np.ndarray]:
 
 
 def _losses_of_tables(setup, model, store, batches, memory):
-  """Of rows that the setup of the loss reads; or of none."""
+  """Of rows that are read in the program of the loss; or of none."""
   tables, room = {} if store is None else store.tables, None
   for batch in batches:
     batch = sharding.place_batch(batch, setup.mesh)

@@ -26,9 +26,9 @@ from engram_jax.errors import InputError, require
 from engram_jax.files import write_whole
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.checksums import weights_digest
 from engram_jax.training.companions import require_own_files
 from engram_jax.training.json_values import read_object, to_text
-from engram_jax.training.manifest import weights_digest
 from engram_jax.training.run_metadata import difference, read_run_metadata
 from engram_jax.training.runs import RunFolder
 from engram_jax.training.setup import TrainSetup

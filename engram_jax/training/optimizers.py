@@ -1,8 +1,8 @@
-"""Which optimizer moves which parameter of the backbone, and how far.
+"""Which optimizer moves which parameter of the backbone, and which the tables.
 
-The backbone goes by optax; the tables never pass through here (they have
-`memory.row_optimizers`). Weight decay is for matrices alone: gains and biases
-are vectors that a decay would pull towards silence.
+The backbone goes by optax, the tables by a row optimizer (`memory.row_sparse`,
+`memory.sinkhorn`). Weight decay is for the backbone's matrices alone: gains and
+biases are vectors that a decay would pull towards silence.
 """
 
 import optax

@@ -23,9 +23,9 @@ from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.memory import Memory
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.checksums import weights_digest
 from engram_jax.training.companions import tokenizer_digest
 from engram_jax.training.json_values import first_difference, plain
-from engram_jax.training.manifest import weights_digest
 
 #: Fields in which a run may differ from the one it continues: none of them
 #: alters a step. All the others do, the length of the run

@@ -1,7 +1,7 @@
 """A small Engram mixture of experts on the Python standard library's sources.
 
-For two cores without an accelerator: about three minutes of training. The
-expected losses are in README.md; the command is
+For two cores without an accelerator: 4 to 6 minutes with installation and text.
+The command is
 
   python -m experiments.pretrain --config=experiments/configs/tiny.py \
     --workdir=runs/tiny

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.training.manifest import (
+from engram_jax.training.checksums import (
   checksum,
   describe,
   require_same_arrays,
