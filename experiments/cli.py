@@ -178,7 +178,7 @@ def run(
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(_is_not_told_twice)
     console.prepare_stdout()
-    sys.excepthook = _without_closed_loops(sys.excepthook)
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     try:
       with second_signal_ends():
         start_processes()
@@ -231,15 +231,15 @@ def _is_not_told_twice(record) -> bool:
   return not (raised and record.levelno >= 40)  # ERROR
 
 
-def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
-  """An excepthook without the echo of writes that have failed.
+def _without_closed_loops(hook: Callable[[Any], None]) -> Callable[..., None]:
+  """An unraisablehook without the echo of writes that have failed.
 
   TensorStore tells an event loop of each, which the first one has closed.
   """
 
-  def filtered(kind, error, trace) -> None:
-    if str(error) != "Event loop is closed":
-      hook(kind, error, trace)
+  def filtered(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
 
   return filtered
 
