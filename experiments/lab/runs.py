@@ -130,6 +130,9 @@ class Laboratory:
     # Runs that differ in their seed alone are compiled once.
     cache = str(folder / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if scale.name == "smoke":  # nearly all of its time is compilation
+      jax.config.update("jax_disable_most_optimizations", True)
 
   # --- text ---
 
@@ -353,7 +356,7 @@ class Laboratory:
 def by_group(
   records: Sequence[dict[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Records by group, each in the order of its seeds; diverged ones left out."""
+  """Records by group, in the order of their seeds, without diverged ones."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for record in records:
     if "diverged" not in record:
