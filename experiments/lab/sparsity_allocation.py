@@ -49,7 +49,9 @@ def _models(lab: Laboratory) -> dict[str, dict[float, Any]]:
     moe = dataclasses.replace(scale.model.moe, num_experts=scale.small_experts)
     budgets["small"] = dataclasses.replace(scale.model, moe=moe)
   return {
-    name: {share: scale.with_memory(share, model=model) for share in SHARES}
+    name: {
+      share: scale.with_memory(share, model=model) for share in scale.shares
+    }
     for name, model in budgets.items()
   }
 
