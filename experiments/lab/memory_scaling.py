@@ -1,4 +1,4 @@
-"""Does the loss go on falling as the memory grows, and faster than OverEncoding?
+"""Does the loss fall as the memory grows, and faster than OverEncoding's?
 
 The paper (§3, Fig. 3) holds the backbone, adds ever more rows and finds a loss
 that is linear in the logarithm of their number, falling faster than with

@@ -77,7 +77,7 @@ class Scale:
       warmup_steps=max(1, steps // 20),
       eval_every=0,
       eval_batches=1,
-      checkpoint_every=max(steps // 4, 1),
+      checkpoint_every=max(steps // 4, 50),
       keep_last=1,
       keep_best=0,
       log_every=max(steps // 100, 1),
