@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -127,12 +126,6 @@ class Laboratory:
   def __init__(self, scale: Scale, folder: pathlib.Path):
     self.scale, self.folder = scale, folder
     self._corpora: dict[str, corpora.Corpus] = {}
-    # Runs that differ in their seed alone are compiled once.
-    cache = str(folder / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if scale.name == "smoke":  # nearly all of its time is compilation
-      jax.config.update("jax_disable_most_optimizations", True)
 
   # --- text ---
 
