@@ -176,7 +176,7 @@ SCALES = {
       pilot_seeds=(101, 102),
       shares=(0.0, 0.1, 0.25, 0.5, 0.9),
       learning_rates=(2e-3, 4e-3, 8e-3),
-      corpus_bytes=200_000_000,
+      corpus_bytes=24_000_000,
       eval_windows=512,
     ),
     _scale(
