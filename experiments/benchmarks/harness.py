@@ -77,7 +77,6 @@ class Benchmark(NamedTuple):
     measure: function of the flags as keywords.
     tables: texts to print of its result.
     flags: default and help by name; the default decides the type.
-    when: other defaults of flags, where the flag of that name is given.
     picture: lines drawn of the result into a `.png` beside the JSON.
     required: flags that have to be given.
     configured: there is a flag `--config=FILE.py`; `measure` gets the config
@@ -87,7 +86,6 @@ class Benchmark(NamedTuple):
   measure: Callable[..., Figures]
   tables: Callable[[Figures], Iterable[str]]
   flags: Mapping[str, tuple[Any, str]]
-  when: Mapping[str, Mapping[str, Any]] = {}
   picture: Picture | None = None
   required: Sequence[str] = ()
   configured: bool = False
@@ -107,36 +105,26 @@ def run(benchmark: Benchmark) -> None:
 
   def main(argv: Sequence[str]) -> None:
     del argv
-    given = flags.FLAGS
-    results.require_place(given.out)  # before the work, not after it
-    for flag, defaults in benchmark.when.items():
-      if given[flag].value != benchmark.flags[flag][0]:
-        for other, value in defaults.items():
-          given.set_default(other, value)
-    config = {flag: _value(given[flag].value) for flag in benchmark.flags}
+    out = flags.FLAGS.out
+    results.require_place(out)  # before the work, not after it
+    config = {
+      name: _value(name, default)
+      for name, (default, _) in benchmark.flags.items()
+    }
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
     more = {"configured": file.value} if file else {}
     result = {**about, **benchmark.measure(**config, **more)}
-    results.write_result(given.out, result)
+    results.write_result(out, result)
     if benchmark.picture:
-      draw(benchmark.picture, result, given.out)
+      draw(benchmark.picture, result, out)
     texts = [*benchmark.tables(result), *verdict(result.get("targets", {}))]
-    print("\n\n".join([*texts, f"written to {given.out}"]))
+    print("\n\n".join([*texts, f"written to {out}"]))
 
   cli.run(main)
 
 
-def _value(value: Any) -> Any:
-  """A flag's; a list of words may be given at once and one by one."""
-  if isinstance(value, list) and any(isinstance(x, str) for x in value):
-    return [word for words in value for word in words.split(",") if word]
-  return value
-
-
 def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
-  from experiments import number_flags
-
   for name, (default, text) in defaults.items():
     match default:
       case bool():
@@ -145,13 +133,30 @@ def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound=0)
       case float():
         flags.DEFINE_float(name, default, text, lower_bound=0.0)
-      case [str(), *_]:
-        flags.DEFINE_multi_string(name, default, f"{text} Commas, or again.")
       case list():
-        kind = float if any(isinstance(x, float) for x in default) else int
-        number_flags.define(name, default, text, kind=kind)
+        words = list(map(str, default))
+        flags.DEFINE_multi_string(name, words, f"{text} Commas, or again.")
       case _:
         flags.DEFINE_string(name, default, text)
+
+
+def _value(name: str, default: Any) -> Any:
+  """A flag's; the words of a list are of the kind of those in its default.
+
+  Raises:
+    InputError: a word that is no number where one is asked for.
+  """
+  value = flags.FLAGS[name].value
+  if not isinstance(default, list):
+    return value
+  words = [word for words in value for word in words.split(",") if word]
+  kind = type(default[0]) if default else int
+  try:
+    return [kind(word) for word in words]
+  except ValueError:
+    valid = "integers" if kind is int else "numbers"
+    valid += " separated by commas"
+    raise InputError(name, ",".join(words), valid) from None
 
 
 # --- time ---
