@@ -147,9 +147,7 @@ def in_turns(
 
   Args:
     runs: (form, rows) of each; the form is one of `TABLES`.
-    devices: 1, or as many as this process has, which then share each table.
-    repeats: timed steps of each.
-    **sizes: all of `SIZES`.
+    devices: 1, or as many as this process has; the others as the flags.
 
   Returns:
     `records`, one per run: `form`, `rows`, `table_mib`, the times of
