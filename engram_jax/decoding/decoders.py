@@ -70,7 +70,7 @@ def lookup_chunk(
     [B, L, K, d] per Engram layer, and int32 [B, N-1].
   """
   hashing, canonical = memory.hashing, memory.compression(token_ids)
-  row_ids = hashing.hash(canonical, history=history)
+  row_ids = memory.address(hashing.hash(canonical, history=history))
   rows = unpack(store.read(row_ids), store.row_format)
   return rows, hashing.next_history(canonical, history=history, lengths=lengths)
 
@@ -145,7 +145,12 @@ class Decoder:
     return state._replace(history=np.asarray(state.history))
 
   def start(
-    self, state: DecodeState, token_ids: Any, lengths: Any = None
+    self,
+    state: DecodeState,
+    token_ids: Any,
+    lengths: Any = None,
+    *,
+    lookup: Callable[[], tuple[dict[int, Rows] | None, Any]] | None = None,
   ) -> Callable[[], Decoded]:
     """Begins to append tokens to each sequence.
 
@@ -154,6 +159,8 @@ class Decoder:
       token_ids: int32 [B, L], padded on the right with any ids; or [B], one
         token each.
       lengths: int32 [B], how many of L are real; None with [B].
+      lookup: gives the rows, [B, L, K, d] per Engram layer, and the history
+        after these tokens, for whoever has read them; None to read them here.
 
     Returns:
       A function that ends the step; to be called once. What the store raises
@@ -166,7 +173,8 @@ class Decoder:
     """
     token_ids, lengths = self._as_chunk(state, token_ids, lengths)
     check_history(self.memory, state)
-    lookup = self._start_lookup(state.history, token_ids, lengths)
+    if lookup is None:
+      lookup = self._start_lookup(state.history, token_ids, lengths)
     streams, cache = _lower_blocks(
       self.model, state.cache, jnp.asarray(token_ids)
     )
@@ -233,7 +241,8 @@ class Decoder:
   ) -> Callable[[], PackedRows]:
     def row_ids():
       hashing = self.memory.hashing
-      return row_ids_on_host(hashing, canonical, history=history)
+      found = row_ids_on_host(hashing, canonical, history=history)
+      return self.memory.address(found)
 
     if self._prefetcher is not None:
       return self._prefetcher.submit(row_ids).result
