@@ -225,16 +225,14 @@ def peak_memory() -> int:
   return 1024 * kib
 
 
-def resident_memory() -> dict[str, float]:
+def resident_memory() -> dict[str, float | None]:
   """What this process holds now: `anonymous_mib`, and of files `mapped_mib`.
 
-  Pages of files are the system's to take back. NaN without /proc.
+  Pages of files are the system's to take back. None without /proc.
   """
-  kib = {
-    name: _proc("/proc/self/status", field)
-    for name, field in (("anonymous_mib", "RssAnon"), ("mapped_mib", "RssFile"))
-  }
-  return {k: float("nan") if x is None else x / 1024 for k, x in kib.items()}
+  fields = {"anonymous_mib": "RssAnon", "mapped_mib": "RssFile"}
+  kib = {k: _proc("/proc/self/status", x) for k, x in fields.items()}
+  return {k: None if x is None else x / 1024 for k, x in kib.items()}
 
 
 def require_memory(field: str, value: Any, needed: int) -> None:
@@ -305,21 +303,18 @@ def in_child(
   function: Callable[..., Figures],
   *,
   env: Mapping[str, str] | None = None,
-  timeout: float | None = None,
   **arguments: Any,
-) -> Figures | None:
+) -> Figures:
   """Calls a function in a process of its own.
 
   Args:
     function: a function at a module's top level; it returns a dict that JSON
       can hold.
     env: what its environment has besides this one's.
-    timeout: seconds after which the process is ended; None for no limit.
     **arguments: its keyword arguments, which JSON can hold too.
 
   Returns:
-    The function's dict, and `peak_mib`, the child's `peak_memory`; None if the
-    time was not enough.
+    The function's dict, and `peak_mib`, the child's `peak_memory`.
 
   Raises:
     InputError: as in the child.
@@ -332,17 +327,13 @@ def in_child(
   # The whole may take minutes: somebody may be looking.
   what = ", ".join(f"{k} {v}" for k, v in arguments.items())
   print(f"{function.__qualname__}: {what} ...", file=sys.stderr, flush=True)
-  try:
-    done = subprocess.run(
-      [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
-      cwd=ROOT,
-      env=os.environ | dict(env or {}),
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-    )
-  except subprocess.TimeoutExpired:
-    return None
+  done = subprocess.run(
+    [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
+    cwd=ROOT,
+    env=os.environ | dict(env or {}),
+    capture_output=True,
+    text=True,
+  )
   if done.returncode:
     words = done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
     raise RuntimeError(f"{name}({arguments}) failed:\n{words}")

@@ -213,13 +213,15 @@ def measure(
 
 
 def tables(result: harness.Figures) -> list[str]:
-  speed = statistics.median(result["resident_tokens_per_s"])
-  about = (
-    f"a file of {result['file_gib']:.1f} GiB, a machine of "
-    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
-    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
-    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
-  )
+  about = {
+    "file, GiB": "file_gib",
+    "machine, GiB": "machine_gib",
+    "process, MiB": "anonymous_mib",
+    "and of files, MiB": "mapped_mib",
+    "small table, tokens/s": lambda r: statistics.median(
+      r["resident_tokens_per_s"]
+    ),
+  }
   columns = {
     "cache, MiB": "cache_mib",
     "hit rate": "warm.hit_rate",
@@ -228,7 +230,10 @@ def tables(result: harness.Figures) -> list[str]:
   for name in RUNS:
     columns[f"{name} tokens/s"] = f"{name}.tokens_per_s"
     columns[f"{name} of resident"] = f"{name}.of_resident"
-  return [about, harness.table(columns, result["caches"])]
+  return [
+    harness.table(about, [result]),
+    harness.table(columns, result["caches"]),
+  ]
 
 
 PICTURE = harness.Picture(

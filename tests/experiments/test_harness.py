@@ -113,10 +113,6 @@ def test_child_that_fails_says_why():
     harness.in_child(hash.measure, no_such_argument=1)
 
 
-def test_child_is_given_up_in_time():
-  assert harness.in_child(hash.measure, timeout=0.1, **HASH) is None
-
-
 def test_number_of_simulated_devices(monkeypatch):
   name = "--xla_force_host_platform_device_count"
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x {name}=3")
