@@ -133,11 +133,12 @@ def _require_field(config: ml_collections.ConfigDict, given: str) -> None:
   for name in found[2].split("."):
     name = name.partition("[")[0]  # of a tuple's entry
     field = f"config.{found[2]}"
-    valid = f"a field that there is: {path} is {group!r} and has none"
+    value = found[3] or "given"
+    valid = f"a field of a group of fields: {path} is {group!r}"
     is_group = isinstance(group, ml_collections.ConfigDict)
-    require(is_group, field, found[3], valid)
+    require(is_group, field, value, valid)
     valid = f"a field of {path}: {', '.join(sorted(group))}"
-    require(name in group, field, found[3], valid)
+    require(name in group, field, value, valid)
     path, group = f"{path}.{name}", group[name]
 
 

@@ -171,12 +171,11 @@ def figures(
   generation: str,
   turns: int,
 ) -> harness.Figures:
-  """What a compiled step holds, computes and sends.
+  """What a compiled step holds, computes and sends, ready for JSON.
 
   Args:
     executable: the compiled step.
-    tables: shapes of the tables.
-    devices: number of devices that share them.
+    tables: shapes of the tables, shared by so many `devices`.
     generation: TPU generation, or `cpu`.
     turns: from `attention_turns`.
   """

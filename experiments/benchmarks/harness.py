@@ -77,7 +77,6 @@ class Benchmark(NamedTuple):
     measure: function of the flags as keywords.
     tables: texts to print of its result.
     flags: default and help by name; the default decides the type.
-    when: other defaults of flags, where the flag of that name is given.
     picture: lines drawn of the result into a `.png` beside the JSON.
     required: flags that have to be given.
     configured: there is a flag `--config=FILE.py`; `measure` gets the config
@@ -87,7 +86,6 @@ class Benchmark(NamedTuple):
   measure: Callable[..., Figures]
   tables: Callable[[Figures], Iterable[str]]
   flags: Mapping[str, tuple[Any, str]]
-  when: Mapping[str, Mapping[str, Any]] = {}
   picture: Picture | None = None
   required: Sequence[str] = ()
   configured: bool = False
@@ -107,36 +105,26 @@ def run(benchmark: Benchmark) -> None:
 
   def main(argv: Sequence[str]) -> None:
     del argv
-    given = flags.FLAGS
-    results.require_place(given.out)  # before the work, not after it
-    for flag, defaults in benchmark.when.items():
-      if given[flag].value != benchmark.flags[flag][0]:
-        for other, value in defaults.items():
-          given.set_default(other, value)
-    config = {flag: _value(given[flag].value) for flag in benchmark.flags}
+    out = flags.FLAGS.out
+    results.require_place(out)  # before the work, not after it
+    config = {
+      name: _value(name, default)
+      for name, (default, _) in benchmark.flags.items()
+    }
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
     more = {"configured": file.value} if file else {}
     result = {**about, **benchmark.measure(**config, **more)}
-    results.write_result(given.out, result)
+    results.write_result(out, result)
     if benchmark.picture:
-      draw(benchmark.picture, result, given.out)
+      draw(benchmark.picture, result, out)
     texts = [*benchmark.tables(result), *verdict(result.get("targets", {}))]
-    print("\n\n".join([*texts, f"written to {given.out}"]))
+    print("\n\n".join([*texts, f"written to {out}"]))
 
   cli.run(main)
 
 
-def _value(value: Any) -> Any:
-  """A flag's; a list of words may be given at once and one by one."""
-  if isinstance(value, list) and any(isinstance(x, str) for x in value):
-    return [word for words in value for word in words.split(",") if word]
-  return value
-
-
 def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
-  from experiments import number_flags
-
   for name, (default, text) in defaults.items():
     match default:
       case bool():
@@ -145,13 +133,30 @@ def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound=0)
       case float():
         flags.DEFINE_float(name, default, text, lower_bound=0.0)
-      case [str(), *_]:
-        flags.DEFINE_multi_string(name, default, f"{text} Commas, or again.")
       case list():
-        kind = float if any(isinstance(x, float) for x in default) else int
-        number_flags.define(name, default, text, kind=kind)
+        words = list(map(str, default))
+        flags.DEFINE_multi_string(name, words, f"{text} Commas, or again.")
       case _:
         flags.DEFINE_string(name, default, text)
+
+
+def _value(name: str, default: Any) -> Any:
+  """A flag's; the words of a list are of the kind of those in its default.
+
+  Raises:
+    InputError: a word that is no number where one is asked for.
+  """
+  value = flags.FLAGS[name].value
+  if not isinstance(default, list):
+    return value
+  words = [word for words in value for word in words.split(",") if word]
+  kind = type(default[0]) if default else int
+  try:
+    return [kind(word) for word in words]
+  except ValueError:
+    valid = "integers" if kind is int else "numbers"
+    valid += " separated by commas"
+    raise InputError(name, ",".join(words), valid) from None
 
 
 # --- time ---
@@ -220,16 +225,14 @@ def peak_memory() -> int:
   return 1024 * kib
 
 
-def resident_memory() -> dict[str, float]:
+def resident_memory() -> dict[str, float | None]:
   """What this process holds now: `anonymous_mib`, and of files `mapped_mib`.
 
-  Pages of files are the system's to take back. NaN without /proc.
+  Pages of files are the system's to take back. None without /proc.
   """
-  kib = {
-    name: _proc("/proc/self/status", field)
-    for name, field in (("anonymous_mib", "RssAnon"), ("mapped_mib", "RssFile"))
-  }
-  return {k: float("nan") if x is None else x / 1024 for k, x in kib.items()}
+  fields = {"anonymous_mib": "RssAnon", "mapped_mib": "RssFile"}
+  kib = {k: _proc("/proc/self/status", x) for k, x in fields.items()}
+  return {k: None if x is None else x / 1024 for k, x in kib.items()}
 
 
 def require_memory(field: str, value: Any, needed: int) -> None:
@@ -300,21 +303,18 @@ def in_child(
   function: Callable[..., Figures],
   *,
   env: Mapping[str, str] | None = None,
-  timeout: float | None = None,
   **arguments: Any,
-) -> Figures | None:
+) -> Figures:
   """Calls a function in a process of its own.
 
   Args:
     function: a function at a module's top level; it returns a dict that JSON
       can hold.
     env: what its environment has besides this one's.
-    timeout: seconds after which the process is ended; None for no limit.
     **arguments: its keyword arguments, which JSON can hold too.
 
   Returns:
-    The function's dict, and `peak_mib`, the child's `peak_memory`; None if the
-    time was not enough.
+    The function's dict, and `peak_mib`, the child's `peak_memory`.
 
   Raises:
     InputError: as in the child.
@@ -327,17 +327,13 @@ def in_child(
   # The whole may take minutes: somebody may be looking.
   what = ", ".join(f"{k} {v}" for k, v in arguments.items())
   print(f"{function.__qualname__}: {what} ...", file=sys.stderr, flush=True)
-  try:
-    done = subprocess.run(
-      [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
-      cwd=ROOT,
-      env=os.environ | dict(env or {}),
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-    )
-  except subprocess.TimeoutExpired:
-    return None
+  done = subprocess.run(
+    [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
+    cwd=ROOT,
+    env=os.environ | dict(env or {}),
+    capture_output=True,
+    text=True,
+  )
   if done.returncode:
     words = done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
     raise RuntimeError(f"{name}({arguments}) failed:\n{words}")

@@ -58,10 +58,7 @@ FLAGS = {
   "prompt": (64, "Tokens read at once at the start."),
   "before": (192, "Tokens read one by one, not timed."),
   "tokens": (128, "Tokens read one by one, timed."),
-  "caches_mib": (
-    [0.0, 4.0, 16.0, 64.0, 256.0],
-    "Of the row cache; 0 for none.",
-  ),
+  "caches_mib": ([0.0, 4.0, 16.0, 64.0, 256.0], "Row caches; 0 for none."),
 }
 
 
@@ -85,17 +82,10 @@ def timed(
   before: int,
   at_mark: Callable[[], None] = lambda: None,
 ) -> float:
-  """Reads a text, a prompt and then token by token.
-
-  Args:
-    decoder: decoder of the model.
-    text: int32 [B, L].
-    prompt: see the flags.
-    before: see the flags.
-    at_mark: what is called before the first of the tokens that are timed.
+  """Reads a text, int32 [B, L]: a prompt, and then token by token.
 
   Returns:
-    Tokens/s of those.
+    Tokens/s of those that are timed; `at_mark` is called before the first.
   """
   batch, length = text.shape
   lengths = jnp.full(batch, prompt, jnp.int32)
@@ -126,12 +116,9 @@ def compare(
   """Throughput against the size of the cache.
 
   Args:
-    model: with a memory of the file's rows.
+    model: a model with a memory of the file's rows.
     path: path of the row file.
-    text: int32 [B, L].
-    caches_mib: see the flags.
-    prompt: see the flags.
-    before: see the flags.
+    text: int32 [B, L]; the others as the flags.
     few: rows of a head of the resident tables.
   """
   weights, parts = random_model(model), dict(prompt=prompt, before=before)
@@ -155,10 +142,8 @@ def compare(
 
     def counts() -> np.ndarray:
       layers = cache.by_layer.values() if cache else ()
-      hits, misses = (
-        sum(getattr(layer, name) for layer in layers)
-        for name in ("hits", "misses")
-      )
+      hits = sum(layer.hits for layer in layers)
+      misses = sum(layer.misses for layer in layers)
       return np.array([store.statistics.rows_read, hits, misses])
 
     def at_mark():
@@ -228,13 +213,15 @@ def measure(
 
 
 def tables(result: harness.Figures) -> list[str]:
-  speed = statistics.median(result["resident_tokens_per_s"])
-  about = (
-    f"a file of {result['file_gib']:.1f} GiB, a machine of "
-    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
-    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
-    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
-  )
+  about = {
+    "file, GiB": "file_gib",
+    "machine, GiB": "machine_gib",
+    "process, MiB": "anonymous_mib",
+    "and of files, MiB": "mapped_mib",
+    "small table, tokens/s": lambda r: statistics.median(
+      r["resident_tokens_per_s"]
+    ),
+  }
   columns = {
     "cache, MiB": "cache_mib",
     "hit rate": "warm.hit_rate",
@@ -243,7 +230,10 @@ def tables(result: harness.Figures) -> list[str]:
   for name in RUNS:
     columns[f"{name} tokens/s"] = f"{name}.tokens_per_s"
     columns[f"{name} of resident"] = f"{name}.of_resident"
-  return [about, harness.table(columns, result["caches"])]
+  return [
+    harness.table(about, [result]),
+    harness.table(columns, result["caches"]),
+  ]
 
 
 PICTURE = harness.Picture(

@@ -1,7 +1,7 @@
 """Generation with the rows elsewhere: what it costs, and what prefetch hides.
 
   python -m experiments.benchmarks.offload
-  python -m experiments.benchmarks.offload --quick
+  python -m experiments.benchmarks.offload --preset=tiny --row_format=int8
 
 One model and the same prompts, with the same tokens as the outcome:
 
@@ -86,18 +86,6 @@ FLAGS = {
   "new_tokens": (32, "After the last batch of prompts."),
   "repeats": (5, "Timed turns."),
   "delays_ms": ([2.0, 5.0, 10.0, 20.0, 50.0], "Of the store made slower."),
-  "quick": (False, "Small and short: does it work?"),
-}
-QUICK = {
-  "preset": "tiny",
-  "row_format": "int8",
-  "prompts": 4,
-  "longest": 40,
-  "shortest": 10,
-  "batch": 2,
-  "new_tokens": 4,
-  "repeats": 1,
-  "delays_ms": [0.0, 20.0],
 }
 
 
@@ -301,11 +289,10 @@ def measure(
   packed: bool,
   repeats: int,
   delays_ms: Sequence[float],
-  quick: bool,
   **prompts: int,
 ) -> harness.Figures:
   """The preset's model, its memory where the flags say; `compare`."""
-  del quick  # the flags' defaults are others
+  require(delays_ms, "delays_ms", "none", "one or more latencies")
   config = preset_with_memory(preset).model
   if layers:
     memory = dataclasses.replace(config.engram, layers=tuple(layers))
@@ -347,9 +334,7 @@ PICTURE = harness.Picture(
   xlabel="latency of the store (ms)",
   ylabel="throughput (% of resident)",
 )
-BENCHMARK = harness.Benchmark(
-  measure, tables, FLAGS, when={"quick": QUICK}, picture=PICTURE
-)
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS, picture=PICTURE)
 
 if __name__ == "__main__":
   harness.run(BENCHMARK)

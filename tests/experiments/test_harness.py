@@ -113,10 +113,6 @@ def test_child_that_fails_says_why():
     harness.in_child(hash.measure, no_such_argument=1)
 
 
-def test_child_is_given_up_in_time():
-  assert harness.in_child(hash.measure, timeout=0.1, **HASH) is None
-
-
 def test_number_of_simulated_devices(monkeypatch):
   name = "--xla_force_host_platform_device_count"
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x {name}=3")
@@ -164,8 +160,7 @@ def measure(**config):
   return {"targets": {"x": harness.target(1.0, at_most=2.0)}}
 
 flags = {"words": (["a"], "."), "rates": ([1.0], "."), "on": (False, ".")}
-when = {"on": {"rates": [5.0], "words": ["z"]}}
-benchmark = harness.Benchmark(measure, lambda result: ["table"], flags, when)
+benchmark = harness.Benchmark(measure, lambda result: ["table"], flags)
 sys.modules["__main__"].__spec__ = sys.modules["json"].__spec__
 harness.run(benchmark)
 """
@@ -173,7 +168,7 @@ harness.run(benchmark)
   for name, given in {
     "default": [],
     "given": ["--words=a,b", "--words=c", "--rates=2,3"],
-    "other": ["--on", "--rates=4"],
+    "other": ["--on", "--rates=4", "--words="],
   }.items():
     out = tmp_path / f"{name}.json"
     command = [sys.executable, "-c", code, *given, f"--out={out}"]
@@ -186,13 +181,23 @@ harness.run(benchmark)
   assert found == {
     "default": {"words": ["a"], "rates": [1.0], "on": False},
     "given": {"words": ["a", "b", "c"], "rates": [2.0, 3.0], "on": False},
-    "other": {"words": ["z"], "rates": [4.0], "on": True},
+    "other": {"words": [], "rates": [4.0], "on": True},
   }
 
 
 @pytest.mark.parametrize(
   "name, flags, message",
   [
+    (
+      "table_scaling",
+      ["--rows=5,b"],
+      "rows: 5,b; valid: integers separated by commas",
+    ),
+    (
+      "offload",
+      ["--delays_ms="],
+      "delays_ms: none; valid: one or more latencies",
+    ),
     (
       "table_scaling",
       ["--rows=5"],
@@ -206,14 +211,14 @@ harness.run(benchmark)
     ),
     (
       "table_scaling",
-      ["--devices=3"],  # and what else is the default with it
+      ["--devices=3", "--dense_rows="],
       "batch: 8; valid: a multiple of devices = 3",
     ),
     ("hash", ["--out=/proc"], "out: /proc; valid: a file: this is a folder"),
     (
       "offload",
-      ["--quick", "--prompts=3"],
-      "prompts: 3; valid: a multiple of the batch, 2",
+      ["--preset=tiny", "--prompts=3"],
+      "prompts: 3; valid: a multiple of the batch, 8",
     ),
   ],
 )

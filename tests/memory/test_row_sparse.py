@@ -413,6 +413,28 @@ def test_what_couples_rows_is_refused(name):
     row_sparse(COUPLING[name]()).init(table())
 
 
+def test_a_transformation_is_tried_before_it_is_used():
+  tried = []
+
+  def update(gradients, state, params=None):
+    tried.append(gradients.shape)
+    return gradients, state
+
+  quiet = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  optimizer = row_sparse(quiet)
+  jax.eval_shape(optimizer.init, table())  # shapes alone want no trial
+  assert tried == []
+  optimizer.init(table())
+  first = len(tried)
+  assert first > 0
+  optimizer.init(table())
+  optimizer.update(table(), optax.EmptyState(), gradients([1]), 0.1)
+  assert len(tried) == first + 1  # the trial is not repeated
+  coupling = row_sparse(optax.clip_by_global_norm(1.0))
+  with pytest.raises(InputError, match=r"^row_sparse transformation: couples"):
+    coupling.update(table(), optax.EmptyState(), gradients([1]), 0.1)
+
+
 @pytest.mark.parametrize("name", FACTORED)
 def test_a_state_that_is_not_of_rows_is_refused(name):
   match = r"^row_sparse transformation: state of shape \(.*\) for a table"
