@@ -69,6 +69,15 @@ def test_it_is_compression_and_hash_in_one(tokenizer):
   chex.assert_trees_all_equal(found, jax.tree.map(np.int32, on_host))
 
 
+def test_every_token_may_be_its_own(tokenizer):
+  own = dataclasses.replace(CONFIG, compress=False)
+  memory = Memory.create(own, tokenizer)
+  assert memory.compression == TokenCompression.identity(7)
+  compression = TokenCompression.from_tokenizer(tokenizer)
+  with pytest.raises(InputError, match=r"^compression\.size: \d; valid: 7 "):
+    Memory.from_compression(own, compression)
+
+
 def test_a_tokenizer_may_be_named_by_its_path(tokenizer, tmp_path):
   path = tmp_path / "tokenizer.json"
   tokenizer.save(str(path))
