@@ -133,14 +133,14 @@ def test_lookup_reads_the_rows_of_the_ids(memory):
   assert found.capacity is None and found.capacity_needed is None
 
 
-@pytest.mark.parametrize("home", ["device", "host"])
-def test_lookup_reads_a_store_alike(memory, home):
+@pytest.mark.parametrize("location", ["device", "host"])
+def test_lookup_reads_a_store_alike(memory, location):
   tables = memory.init_tables(jax.random.key(0))
-  store = memory.open_store(home, tables)
+  store = memory.open_store(location, tables)
   found = memory.lookup(store, TOKENS, breaks=BREAKS)
   expected = memory.lookup(tables, TOKENS, breaks=BREAKS)
   chex.assert_trees_all_equal(found.rows, expected.rows)
-  if home == "device":
+  if location == "device":
     inside = jax.jit(lambda x: memory.lookup(store, x, breaks=BREAKS))(TOKENS)
     chex.assert_trees_all_equal(inside.rows, expected.rows)
   else:
