@@ -74,7 +74,7 @@ def test_configs_that_it_has_no_place_for(changes, match):
     EngramConfig(**FIELDS | changes)
 
 
-def test_refusals_by_name(module, given):
+def test_refusals_by_name(module, given, types_unchecked):
   hidden, rows = given
   with pytest.raises(InputError, match=r"^rows: .*K \* d = 20"):
     module(hidden, rows[:, :, :3])
