@@ -34,7 +34,6 @@ from jaxtyping import Array, Float
 
 from engram_jax.errors import require, require_integer
 from engram_jax.memory.hash_constants import draw_multipliers, take_primes
-from engram_jax.memory.hashing import NgramHash
 from engram_jax.memory.lookup import Tables, require_tables
 from engram_jax.memory.memory import Memory
 
@@ -148,8 +147,6 @@ def add_orders(
       conv_dilation=config.dilation,
     ),
     memory.compression,
-    NgramHash(
-      hashing.vocab_size, hashing.heads, hashing.pad_id, multipliers, primes
-    ),
+    dataclasses.replace(hashing, multipliers=multipliers, primes=primes),
   )
   return GrownMemory(larger, grown)
