@@ -24,9 +24,9 @@ DPI = 150
 SIZE = (7.0, 4.4)
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers
 # and dashes tell the lines apart in greyscale.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ("-", "--", "-.", ":")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":")
 
 
 def smooth(
@@ -95,12 +95,12 @@ def plot_loss(
   figure, axes = _figure(title, xlabel="step", ylabel="loss (nats per token)")
   # A twenty-fifth of the run: smooth, and still quick to turn.
   line = smooth(losses, reach=len(losses) // 50)
-  axes.plot(steps, losses, color=_COLORS[0], alpha=0.25, linewidth=0.8)
+  axes.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
   last = line[np.isfinite(line)][-1:]
   axes.plot(
     steps,
     line,
-    color=_COLORS[0],
+    color=COLORS[0],
     linewidth=1.8,
     # One record makes no line.
     marker="o" if len(losses) == 1 else None,
@@ -116,7 +116,7 @@ def plot_loss(
     axes.plot(
       steps,
       losses,
-      color=_COLORS[1],
+      color=COLORS[1],
       linewidth=1.0,
       linestyle="--",
       marker="o",
@@ -124,7 +124,7 @@ def plot_loss(
       label=f"validation ({found})" + _not_finite(losses),
     )
   axes.legend(frameon=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_lines(
@@ -177,9 +177,9 @@ def plot_lines(
       mean,
       yerr=bars.clip(min=0) if values.shape[1] > 1 else None,
       label=name,
-      color=_COLORS[i % len(_COLORS)],
-      marker=_MARKERS[i % len(_MARKERS)],
-      linestyle=_DASHES[i % len(_DASHES)],
+      color=COLORS[i % len(COLORS)],
+      marker=MARKERS[i % len(MARKERS)],
+      linestyle=DASHES[i % len(DASHES)],
       markersize=5,
       linewidth=1.5,
       capsize=3,
@@ -192,7 +192,7 @@ def plot_lines(
   if len(all_x) <= 8 and not log_x:
     axes.set_xticks(sorted(all_x))
   axes.legend(frameon=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_gates(
@@ -244,7 +244,7 @@ def plot_gates(
     limits = limits if limits[0] < limits[1] else (0.0, 1.0)
   require(limits[0] < limits[1], "limits", limits, "low < high")
   figure = gate_pages(layout, panels, title=title, limits=limits, dpi=DPI)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _not_finite(losses: np.ndarray) -> str:
@@ -276,8 +276,16 @@ def _figure(title: str, *, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-  """Renders the figure and puts the file in place."""
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+  """Renders the figure and puts the file in place.
+
+  Args:
+    figure: what is drawn.
+    path: a .png file to write.
+
+  Raises:
+    InputError: a name that does not end in .png.
+  """
   path = pathlib.Path(path)
   require(path.suffix == ".png", "path", path, "a file name that ends in .png")
   buffer = io.BytesIO()

@@ -336,6 +336,43 @@ def held_out_batches(
   return itertools.islice(whole, most)
 
 
+def spread_batches(
+  prepared: PreparedData,
+  split: str,
+  *,
+  seq_len: int,
+  batch_size: int,
+  count: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Windows at equal distances over a whole split, the same at every call.
+
+  The first windows of a text have a level of their own; these are a sample of
+  all of it.
+
+  Args:
+    prepared: tokenised documents.
+    split: `train`, `validation`, or `all`.
+    seq_len: L.
+    batch_size: B; the last batch is filled with padding.
+    count: number of windows; all of them if there are no more.
+
+  Yields:
+    As `batches`.
+
+  Raises:
+    InputError: as `batches`, or `count` below 1.
+  """
+  require(batch_size > 0, "batch_size", batch_size, "a number above 0")
+  require(count > 0, "count", count, "a number above 0")
+  source = windows(prepared, split, seq_len=seq_len, tail=None)
+  count = min(count, source.windows)
+  chosen = np.linspace(0, source.windows - 1, count).round().astype(int)
+  for start in range(0, count, batch_size):
+    rows = [source[i] for i in chosen[start : start + batch_size]]
+    rows += [_padding(seq_len)] * (batch_size - len(rows))
+    yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 def _padding(seq_len: int) -> dict[str, np.ndarray]:
   return {
     "inputs": np.full(seq_len, PAD_ID, np.int32),

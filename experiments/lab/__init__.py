@@ -1,0 +1,1 @@
+"""The paper's studies, each one program; see `study.py`."""
