@@ -19,6 +19,16 @@ from engram_jax.errors import (
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dense", "bucketed", "dropless")
 REMATS = ("none", "dots", "block")
+ADDRESSINGS = ("ngrams", "one_row", "shuffled")
+
+
+def _later(default: Any) -> Any:
+  """A field that came after the first digests of configs were written.
+
+  At its default it is left out of them, so that they stay what they were: see
+  `config_dicts.without_later_defaults`.
+  """
+  return dataclasses.field(default=default, metadata={"later": True})
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -77,7 +87,7 @@ class EngramConfig:
     layers: zero-based blocks that read the memory, in the order in which the
       hash takes its primes.
     rows_per_head: smallest table size of a head, one entry per n-gram order
-      from 2 on; the true sizes are the next unused primes.
+      from `smallest_order` on; the true sizes are the next unused primes.
     heads: H, hash heads per order.
     head_dim: d, width of one row; a token reads `heads * orders` rows.
     streams: G, residual streams.
@@ -95,6 +105,11 @@ class EngramConfig:
     key_norm_eps: epsilon of the gate's RMSNorm of the key.
     conv_norm_eps: epsilon of the RMSNorm before the convolution.
     dtype: compute dtype; parameters are float32.
+    smallest_order: the first n-gram order that is looked up; 1 adds unigrams.
+    addressing: which rows a position reads: `ngrams`, those of its n-grams; or
+      a control, in training as in evaluation: `one_row`, the first row of each
+      head, whatever the text; `shuffled`, those of another position of its
+      batch (`shuffle_row_ids` with a fixed key), which no decoding can do.
   """
 
   hidden_size: int
@@ -115,10 +130,14 @@ class EngramConfig:
   key_norm_eps: float = 1e-6
   conv_norm_eps: float = 1e-5
   dtype: str = "float32"
+  smallest_order: int = _later(2)
+  addressing: str = _later("ngrams")
 
   def __post_init__(self):
     require_numbers(self)
     require_positive(self, "hidden_size", "heads", "head_dim", "streams")
+    require_positive(self, "smallest_order")
+    require_one_of(self, "addressing", ADDRESSINGS)
     require_positive(self, "conv_kernel_size")
     require_positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
     require_one_of(self, "dtype", DTYPES)
@@ -133,7 +152,7 @@ class EngramConfig:
       len(self.rows_per_head) >= 1 and min(self.rows_per_head) >= 2,
       "rows_per_head",
       self.rows_per_head,
-      "one entry >= 2 per n-gram order from 2 on",
+      f"one entry >= 2 per n-gram order from {self.smallest_order} on",
     )
     require(
       self.conv_dilation is None or self.conv_dilation > 0,
@@ -151,7 +170,7 @@ class EngramConfig:
   @property
   def max_order(self) -> int:
     """N, the largest n-gram order."""
-    return len(self.rows_per_head) + 1
+    return self.smallest_order + len(self.rows_per_head) - 1
 
   @property
   def columns(self) -> int:

@@ -62,6 +62,32 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
     raise InputError(prefix + error.field, error.value, error.valid) from None
 
 
+def without_later_defaults(
+  cls: type, values: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What a digest of a config is made of, which new fields must not change.
+
+  Args:
+    cls: the dataclass of the config.
+    values: nested dicts, as of `to_dict`.
+
+  Returns:
+    A copy without the fields that `cls` marks as later than the first digests,
+    where they have their defaults.
+  """
+  hints = typing.get_type_hints(cls)
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  kept = {}
+  for name, value in values.items():
+    field, group = fields[name], _group(hints[name])
+    if field.metadata.get("later") and value == field.default:
+      continue
+    if group is not None and value is not None:
+      value = without_later_defaults(group, value)
+    kept[name] = value
+  return kept
+
+
 def completed(
   cls: type, values: Mapping[str, Any], *, source: str
 ) -> dict[str, Any]:

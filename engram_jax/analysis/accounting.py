@@ -182,6 +182,7 @@ def counting_hash(config: ModelConfig) -> NgramHash | None:
     layers=memory.layers,
     pad_id=memory.pad_id,
     seed=memory.seed,
+    smallest_order=memory.smallest_order,
   )
 
 

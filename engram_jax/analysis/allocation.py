@@ -151,7 +151,7 @@ def swap_experts_for_memory(
   unread = min(range(most + 1), key=distance)
   entries = total - rest - unread * price
   # The last number of rows whose tables are no larger, or the one after it.
-  low, high = 2, 3 + entries // (read // (layout.max_order - 1))
+  low, high = 2, 3 + entries // (read // len(layout.rows_per_head))
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (middle, high) if tables(middle) <= entries else (low, middle)

@@ -93,6 +93,7 @@ def ngram_ids(
   *,
   max_order: int,
   pad_id: int,
+  smallest_order: int = 2,
 ) -> Int[np.ndarray, "n orders"]:
   """The n-grams that end at each position, numbered within each order.
 
@@ -101,22 +102,28 @@ def ngram_ids(
     starts: whether a document starts here; look-backs stop there.
     max_order: N.
     pad_id: the id that a look-back finds before the document.
+    smallest_order: the first order that is wanted.
 
   Returns:
-    int64 [n, N - 1], orders 2 to N; equal numbers for equal n-grams.
+    int64 [n, orders], from the smallest order to N; equal numbers for equal
+    n-grams.
 
   Raises:
-    InputError: an order below 2.
+    InputError: an order below 1, or a largest one below the smallest.
   """
-  require(max_order >= 2, "max_order", max_order, "an integer >= 2")
+  ok = smallest_order >= 1
+  require(ok, "smallest_order", smallest_order, "an integer >= 1")
+  valid = f"an integer >= smallest_order = {smallest_order}"
+  require(max_order >= smallest_order, "max_order", max_order, valid)
   position = np.arange(len(canonical))
   age = position - np.maximum.accumulate(np.where(starts, position, 0))
-  numbers, orders = canonical, []
+  numbers = number_tuples([canonical])
+  orders = [numbers]
   for steps in range(1, max_order):
     back = np.where(age >= steps, np.roll(canonical, steps), pad_id)
     numbers = number_tuples([numbers, back])
     orders.append(numbers)
-  return np.stack(orders, axis=1)
+  return np.stack(orders[smallest_order - 1 :], axis=1)
 
 
 def count_collisions(

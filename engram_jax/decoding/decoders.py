@@ -70,7 +70,7 @@ def lookup_chunk(
     [B, L, K, d] per Engram layer, and int32 [B, N-1].
   """
   hashing, canonical = memory.hashing, memory.compression(token_ids)
-  row_ids = hashing.hash(canonical, history=history)
+  row_ids = memory.address(hashing.hash(canonical, history=history))
   rows = unpack(store.read(row_ids), store.row_format)
   return rows, hashing.next_history(canonical, history=history, lengths=lengths)
 
@@ -233,7 +233,8 @@ class Decoder:
   ) -> Callable[[], PackedRows]:
     def row_ids():
       hashing = self.memory.hashing
-      return row_ids_on_host(hashing, canonical, history=history)
+      found = row_ids_on_host(hashing, canonical, history=history)
+      return self.memory.address(found)
 
     if self._prefetcher is not None:
       return self._prefetcher.submit(row_ids).result

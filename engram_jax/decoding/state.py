@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from engram_jax.decoding.forward import ModelCache, init_cache
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import require, require_in_range
+from engram_jax.memory.addressing import require_by_token
 from engram_jax.memory.memory import Memory
 from engram_jax.types import History, TokenIds
 
@@ -54,7 +55,7 @@ def init_state(
 
 
 def require_memory(model: DecodingModel, memory: Memory) -> None:
-  """Refuses a memory of other layers than the model's.
+  """Refuses a memory of other layers than the model's, or that no token reads.
 
   Args:
     model: the model to decode with.
@@ -65,6 +66,7 @@ def require_memory(model: DecodingModel, memory: Memory) -> None:
   valid = f"those of the model's Engram layers, {sorted(expected)}"
   layers = memory.hashing.layers
   require(set(layers) == expected, "memory.layers", layers, valid)
+  require_by_token(memory.config.addressing)
 
 
 def check_history(memory: Memory | None, state: DecodeState) -> None:

@@ -171,6 +171,9 @@ def _head_offsets(config: EngramConfig, layer: int) -> np.ndarray:
   """int64 [K], and that the demo could be this layer of `config`."""
   for name in ("projection_bias", "short_conv", "signed_sqrt"):
     require(getattr(config, name), name, False, "True: the demo has it")
+  for name, value in {"smallest_order": 2, "addressing": "ngrams"}.items():
+    found = getattr(config, name)
+    require(found == value, name, found, f"{value}, as in the demo")
   same = config.dilation == config.max_order
   valid = f"{config.max_order}, the largest n-gram order"
   require(same, "conv_dilation", config.dilation, valid)

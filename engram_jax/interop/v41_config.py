@@ -165,7 +165,12 @@ def fields_of(config: EngramConfig, hashing: NgramHash) -> V41Fields:
   valid = f"query_norm_eps, {config.query_norm_eps}"
   require(same, "key_norm_eps", config.key_norm_eps, valid)
   for name, value in dict(
-    short_conv=False, projection_bias=False, signed_sqrt=True, seed=0
+    short_conv=False,
+    projection_bias=False,
+    signed_sqrt=True,
+    seed=0,
+    smallest_order=2,
+    addressing="ngrams",
   ).items():
     found = getattr(config, name)
     require(found == value, name, found, f"{value}, as in V4.1")

@@ -72,6 +72,7 @@ class NgramHash:
     pad_id: canonical id that stands where a look-back finds nothing.
     multipliers: per layer int64 [N]; entry k belongs to the token k back.
     primes: per layer int64 [K]; rows of each head.
+    smallest_order: the first n-gram order that has heads.
   """
 
   vocab_size: int
@@ -79,6 +80,7 @@ class NgramHash:
   pad_id: int
   multipliers: Mapping[int, np.ndarray]
   primes: Mapping[int, np.ndarray]
+  smallest_order: int = 2
 
   @classmethod
   def create(
@@ -90,17 +92,20 @@ class NgramHash:
     layers: Sequence[int],
     pad_id: int,
     seed: int = 0,
+    smallest_order: int = 2,
   ) -> "NgramHash":
     """Draws multipliers and primes as DeepSeek's demo does.
 
     Args:
       vocab_size: canonical ids are below it; it bounds the multipliers.
-      rows_per_head: least rows of a head, one entry per order from 2 on.
+      rows_per_head: least rows of a head, one entry per order from
+        `smallest_order` on.
       heads: H, heads per order.
       layers: ids of the Engram layers. Their order matters: no prime is used
         twice in a model, and the first layer takes the smallest.
       pad_id: the *canonical* id of the padding token.
       seed: seed of the multipliers.
+      smallest_order: the first n-gram order; 1 for unigrams too.
 
     Raises:
       InputError: a size, layer or id that cannot be hashed.
@@ -112,12 +117,15 @@ class NgramHash:
       "layers": layers,
       "pad_id": (pad_id,),
       "seed": (seed,),
+      "smallest_order": (smallest_order,),
     }
     for name, values in sizes.items():
       for value in values:
         require_integer(name, value)
+    ok = smallest_order >= 1
+    require(ok, "smallest_order", smallest_order, "an integer >= 1")
     positive = len(rows_per_head) >= 1 and min(rows_per_head) >= 2
-    valid = "one entry >= 2 per n-gram order from 2 on"
+    valid = f"one entry >= 2 per n-gram order from {smallest_order} on"
     require(positive, "rows_per_head", tuple(rows_per_head), valid)
     require(heads >= 1, "heads", heads, "an integer >= 1")
     unique = len(layers) >= 1 and len(set(layers)) == len(layers)
@@ -126,11 +134,12 @@ class NgramHash:
     require(seed >= 0, "seed", seed, "an integer >= 0")
     require(1 <= vocab_size < 2**31, "vocab_size", vocab_size, "1 to 2**31 - 1")
 
+    max_order = smallest_order + len(rows_per_head) - 1
     used: set[int] = set()
     multipliers, primes = {}, {}
     for layer in layers:
       multipliers[layer] = draw_multipliers(
-        layer, count=len(rows_per_head) + 1, vocab_size=vocab_size, seed=seed
+        layer, count=max_order, vocab_size=vocab_size, seed=seed
       )
       sizes = [
         prime
@@ -138,7 +147,7 @@ class NgramHash:
         for prime in take_primes(least, heads, used)
       ]
       primes[layer] = np.array(sizes, np.int64)
-    return cls(vocab_size, heads, pad_id, multipliers, primes)
+    return cls(vocab_size, heads, pad_id, multipliers, primes, smallest_order)
 
   def __post_init__(self):
     require(
@@ -147,6 +156,9 @@ class NgramHash:
       self.pad_id,
       f"a canonical id below vocab_size = {self.vocab_size}",
     )
+    ok = 1 <= self.smallest_order <= self.max_order
+    valid = f"1 to the largest order, {self.max_order}"
+    require(ok, "smallest_order", self.smallest_order, valid)
     for layer in self.layers:
       self._check_layer(layer)
       self.multipliers[layer].setflags(write=False)
@@ -155,7 +167,7 @@ class NgramHash:
   def _check_layer(self, layer: int) -> None:
     """Refuses constants that the 64-bit arithmetic could not hold."""
     m, p = self.multipliers[layer], self.primes[layer]
-    columns = self.heads * (len(m) - 1)
+    columns = self.heads * (len(m) - self.smallest_order + 1)
     name = f"primes[{layer}]"
     require(p.shape == (columns,), name, p.shape, f"shape ({columns},)")
     in_range = ((p >= 2) & (p < 2**31)).all()
@@ -194,7 +206,7 @@ class NgramHash:
   @property
   def columns(self) -> int:
     """K, rows that one token reads in one layer."""
-    return self.heads * (self.max_order - 1)
+    return self.heads * (self.max_order - self.smallest_order + 1)
 
   @property
   def num_rows(self) -> dict[int, int]:
@@ -295,7 +307,9 @@ class NgramHash:
       jnp.where(ids < 0, self.pad_id, ids).astype(jnp.uint32)
       for ids in self._window(canonical, history, breaks)
     ]
-    mixes = mixes_by_order(window, self.multipliers[layer])
+    mixes = mixes_by_order(
+      window, self.multipliers[layer], smallest_order=self.smallest_order
+    )
     high, low = (one_per_column(limb, self.heads) for limb in zip(*mixes))
     return remainder(high, low, primes).astype(jnp.int32)
 
@@ -324,7 +338,7 @@ class NgramHash:
     window = np.where(window < 0, self.pad_id, window).astype(np.int64)
     mixes = np.bitwise_xor.accumulate(
       window * self.multipliers[layer], axis=-1
-    )[..., 1:]
+    )[..., self.smallest_order - 1 :]
     ids = np.repeat(mixes, self.heads, axis=-1) % primes
     return ids + self.head_offsets(layer)
 
@@ -358,6 +372,8 @@ class NgramHash:
     """
     breaks = resolve_breaks(breaks, segment_ids)
     window = self._window(canonical, history, breaks)
+    if self.max_order == 1:
+      return self.empty_history(len(canonical))
     # The look-backs of position t are ids t, t-1, ...; those of the position
     # to come are the same, one further back.
     recent = jnp.stack(window[:-1], axis=-1)[:, :, ::-1]  # [B, L, N-1]
@@ -442,7 +458,7 @@ class NgramHash:
 
   def to_dict(self) -> dict[str, Any]:
     """The constants as lists of Python integers, ready for JSON."""
-    return {
+    constants = {
       "vocab_size": self.vocab_size,
       "heads": self.heads,
       "pad_id": self.pad_id,
@@ -450,6 +466,10 @@ class NgramHash:
       "multipliers": [self.multipliers[i].tolist() for i in self.layers],
       "primes": [self.primes[i].tolist() for i in self.layers],
     }
+    # Left out where it is 2: the digests of such hashes were made without it.
+    if self.smallest_order != 2:
+      constants["smallest_order"] = self.smallest_order
+    return constants
 
   @classmethod
   def from_dict(cls, constants: Mapping[str, Any]) -> "NgramHash":
@@ -465,5 +485,10 @@ class NgramHash:
       return {i: np.array(v, np.int64) for i, v in zip(layers, values)}
 
     return cls(
-      vocab_size, heads, pad_id, by_layer(multipliers), by_layer(primes)
+      vocab_size,
+      heads,
+      pad_id,
+      by_layer(multipliers),
+      by_layer(primes),
+      constants.get("smallest_order", 2),
     )

@@ -15,16 +15,20 @@ from jaxtyping import Array, UInt32
 
 
 def mixes_by_order(
-  window: Sequence[UInt32[Array, "B L"]], multipliers: np.ndarray
+  window: Sequence[UInt32[Array, "B L"]],
+  multipliers: np.ndarray,
+  *,
+  smallest_order: int = 2,
 ) -> list[tuple[UInt32[Array, "B L"], UInt32[Array, "B L"]]]:
   """The mixes of all orders: XOR of the products, cut off at each order.
 
   Args:
     window: N arrays uint32 [B, L]; entry k is the id k positions back.
     multipliers: int64 [N].
+    smallest_order: n of the first mix that is wanted.
 
   Returns:
-    (high, low), uint32 [B, L] each, of mix_2 .. mix_N.
+    (high, low), uint32 [B, L] each, of mix_n .. mix_N.
   """
   mixes = []
   high = low = jnp.zeros_like(window[0])
@@ -33,7 +37,7 @@ def mixes_by_order(
     low = low ^ (ids * m_low)
     high = high ^ (mulhi(ids, m_low) + ids * m_high)
     mixes.append((high, low))
-  return mixes[1:]
+  return mixes[smallest_order - 1 :]
 
 
 def one_per_column(

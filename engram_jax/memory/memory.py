@@ -35,9 +35,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax import sharding
 from engram_jax.config import EngramConfig
-from engram_jax.config_dicts import from_dict, to_dict
+from engram_jax.config_dicts import (
+  from_dict,
+  to_dict,
+  without_later_defaults,
+)
 from engram_jax.errors import InputError, require
 from engram_jax.files import whole_file
+from engram_jax.memory.addressing import address
 from engram_jax.memory.breaks import resolve_breaks
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
@@ -51,9 +56,13 @@ from engram_jax.memory.lookup import (
 )
 from engram_jax.memory.npz_files import read_npz
 from engram_jax.memory.row_sparse import RowOptimizer
-from engram_jax.memory.table import init_table
+from engram_jax.memory.table import init_tables
 from engram_jax.stores.open_store import open_store
-from engram_jax.stores.prefetch import read_to_device, require_rows
+from engram_jax.stores.prefetch import (
+  read_to_device,
+  require_rows,
+  row_ids_on_host,
+)
 from engram_jax.stores.program_stores import ProgramStore
 from engram_jax.stores.store import RowStore, unpack
 from engram_jax.types import RowIds, Rows
@@ -97,11 +106,14 @@ class Memory:
     found, wanted = hashing.vocab_size, self.compression.size
     valid = f"{wanted}, the compression's canonical ids"
     require(found == wanted, "hashing.vocab_size", found, valid)
-    found = (*hashing.layers, hashing.heads, hashing.max_order)
-    wanted = (*config.layers, config.heads, config.max_order)
-    valid = f"{wanted}, the config's"
-    require(found == wanted, "hashing: layers, heads, max_order", found, valid)
-    parts = (to_dict(config), self.compression.digest, hashing.to_dict())
+    found, wanted = (
+      (*x.layers, x.heads, x.max_order, x.smallest_order)
+      for x in (hashing, config)
+    )
+    name = "hashing: layers, heads, max_order, smallest_order"
+    require(found == wanted, name, found, f"{wanted}, the config's")
+    fields = without_later_defaults(EngramConfig, to_dict(config))
+    parts = (fields, self.compression.digest, hashing.to_dict())
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     object.__setattr__(self, "digest", digest)
 
@@ -162,6 +174,7 @@ class Memory:
       layers=config.layers,
       pad_id=int(compression.canonical_ids[config.pad_id]),
       seed=config.seed,
+      smallest_order=config.smallest_order,
     )
     return cls(config, compression, hashing)
 
@@ -217,7 +230,9 @@ class Memory:
       None if x is None else jnp.asarray(x) for x in (breaks, history)
     )
     canonical = self.compression(jnp.asarray(tokens))
-    return self.hashing.hash(canonical, history=history, breaks=breaks)
+    return self.address(
+      self.hashing.hash(canonical, history=history, breaks=breaks)
+    )
 
   def row_ids_numpy(
     self,
@@ -240,15 +255,17 @@ class Memory:
     """
     breaks = resolve_breaks(breaks, segment_ids, positions)
     canonical = self.compression(np.asarray(tokens))
-    breaks, history = (
-      None if x is None else np.asarray(x) for x in (breaks, history)
+    return self.address(
+      row_ids_on_host(self.hashing, canonical, history=history, breaks=breaks)
     )
-    return {
-      layer: self.hashing.row_ids_numpy(
-        canonical, layer, history=history, breaks=breaks
-      )
-      for layer in self.layers
-    }
+
+  def address(self, row_ids: Mapping[int, Any]) -> dict[int, Any]:
+    """The rows that are read, of those that the hash names: `addressing`.
+
+    Args:
+      row_ids: [B, L, K] per Engram layer, of the hash; JAX's or NumPy's.
+    """
+    return address(row_ids, self.config.addressing, self.hashing)
 
   def lookup(
     self,
@@ -321,28 +338,9 @@ class Memory:
     Returns:
       float32 [R, d] per Engram layer; but for rounding, the same on any mesh.
     """
-    mesh = sharding.current_mesh()
-
-    def init(key):
-      return {
-        layer: sharding.constrain(
-          init_table(
-            jax.random.fold_in(key, layer),
-            rows,
-            self.config.head_dim,
-            std=self.config.table_init_std,
-            shards=sharding.size(mesh),
-          ),
-          sharding.TABLE,
-        )
-        for layer, rows in self.num_rows.items()
-      }
-
-    if isinstance(key, jax.core.Tracer):
-      return init(key)
-    # Compiled, so that no device ever holds a whole table.
-    shardings = {} if mesh is None else {"out_shardings": sharding.TABLE}
-    return jax.jit(init, **shardings)(key)
+    config = self.config
+    std = config.table_init_std
+    return init_tables(key, self.num_rows, config.head_dim, std=std)
 
   def init_optimizer(
     self, row_optimizer: RowOptimizer, tables: Tables

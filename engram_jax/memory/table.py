@@ -5,6 +5,8 @@ gather serves all columns. The table is no parameter of the model: a training
 step looks its rows up first and differentiates with respect to *them*.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -61,6 +63,48 @@ def init_table(
   if shape[0] == num_rows:
     return table
   return jnp.where(jnp.arange(shape[0])[:, None] < num_rows, table, 0)
+
+
+def init_tables(
+  key: PRNGKeyArray | Array,
+  num_rows: Mapping[int, int],
+  width: int,
+  *,
+  std: float,
+) -> dict[int, Float[Array, "_R d"]]:
+  """New tables of all Engram layers; under a mesh each device makes its own.
+
+  Args:
+    key: a JAX random key, also to be traced.
+    num_rows: R per Engram layer.
+    width: d.
+    std: standard deviation.
+
+  Returns:
+    float32 [R, d] per layer; under a mesh R is a multiple of the devices.
+  """
+  mesh = sharding.current_mesh()
+
+  def init(key):
+    return {
+      layer: sharding.constrain(
+        init_table(
+          jax.random.fold_in(key, layer),
+          rows,
+          width,
+          std=std,
+          shards=sharding.size(mesh),
+        ),
+        sharding.TABLE,
+      )
+      for layer, rows in num_rows.items()
+    }
+
+  if isinstance(key, jax.core.Tracer):
+    return init(key)
+  # Compiled, so that no device ever holds a whole table.
+  shardings = {} if mesh is None else {"out_shardings": sharding.TABLE}
+  return jax.jit(init, **shardings)(key)
 
 
 def lookup(

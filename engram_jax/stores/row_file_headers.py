@@ -239,6 +239,9 @@ def _parse_hash(constants: Any) -> NgramHash:
   """`NgramHash.from_dict` of what may be anything."""
   kind = type(constants).__name__
   require(type(constants) is dict, "hash", kind, "hash constants or null")
+  smallest = constants.get("smallest_order", 2)
+  ok = _is_int(smallest) and smallest >= 1
+  require(ok, "hash.smallest_order", smallest, "an integer >= 1")
   for name in ("vocab_size", "heads", "pad_id"):
     value = constants.get(name)
     require(_is_int(value), f"hash.{name}", value, "an integer >= 0")
@@ -252,7 +255,7 @@ def _parse_hash(constants: Any) -> NgramHash:
     valid = "a list of integers >= 0 for each layer"
     require(ok, f"hash.{name}", lists, valid)
   orders = {len(values) for values in constants["multipliers"]}
-  ok = len(orders) == 1 and min(orders) >= 2
-  valid = "as many for each layer, two or more"
+  ok = len(orders) == 1 and min(orders) >= smallest
+  valid = f"as many for each layer, {smallest} or more"
   require(ok, "hash.multipliers", f"{sorted(orders)} of them", valid)
   return NgramHash.from_dict(constants)

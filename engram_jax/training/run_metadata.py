@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from engram_jax.config_dicts import completed, from_dict, to_dict
+from engram_jax.config_dicts import (
+  completed,
+  from_dict,
+  to_dict,
+  without_later_defaults,
+)
 from engram_jax.errors import InputError
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
@@ -229,6 +234,7 @@ def weights_identity(
     }
 
   names = "hash", "compression_digest", "tokenizer_digest", "data_digest"
-  of_run = [kept(stored["config"], ""), *map(stored.get, names)]
+  config = without_later_defaults(ExperimentConfig, stored["config"])
+  of_run = [kept(config, ""), *map(stored.get, names)]
   run = hashlib.sha256(json.dumps(of_run).encode()).hexdigest()
   return WeightsIdentity(run, step, weights_digest(manifest))

@@ -59,6 +59,20 @@ def test_ngrams_are_those_of_python():
     assert found[:, column].max() == len(numbers) - 1
 
 
+def test_orders_from_the_smallest_on():
+  ids = np.array([7, 5, 7, 5, 7])
+  starts = np.array([True, False, False, False, True])
+  found = lib.ngram_ids(ids, starts, max_order=3, pad_id=0, smallest_order=1)
+  np.testing.assert_array_equal(found[:, 0], [1, 0, 1, 0, 1])
+  np.testing.assert_array_equal(
+    found[:, 1:], lib.ngram_ids(ids, starts, max_order=3, pad_id=0)
+  )
+  alone = lib.ngram_ids(ids, starts, max_order=1, pad_id=0, smallest_order=1)
+  np.testing.assert_array_equal(alone, found[:, :1])
+  with pytest.raises(InputError, match=r"^max_order: 1; valid: an integer >= "):
+    lib.ngram_ids(ids, starts, max_order=1, pad_id=0)
+
+
 def test_numbers_of_large_columns_do_not_overflow():
   column = np.array([0, 2**31 - 2, 2**31 - 2, 5])
   found = lib.number_tuples([column] * 8)

@@ -56,26 +56,26 @@ class Tiny:
 def _forward(model, tables, memory, token_ids):
   rows = None
   if memory is not None:
-    row_ids = memory.hashing.hash(memory.compression(token_ids))
+    row_ids = memory.row_ids(token_ids)
     rows = {i: tables[i][ids] for i, ids in row_ids.items()}
   return model(token_ids, rows, dispatch="dense").logits
 
 
 @functools.cache
-def make_tiny(kind):
+def make_tiny(kind, **engram_fields):
   """`conv`, `bare` (a memory without convolution) or `plain` (no memory).
 
   `wide` is `conv` with rows that every format takes, and a block before them.
+  The fields, of the memory's config, are changed besides.
   """
   from engram_jax import config as configs
   from engram_jax.backbone.transformer import Transformer
   from engram_jax.memory.compression import TokenCompression
-  from engram_jax.memory.hashing import NgramHash
   from engram_jax.memory.memory import Memory
 
   width, engram, memory, tables = 32, None, None, None
   if kind != "plain":
-    engram = configs.EngramConfig(
+    fields = dict(
       hidden_size=width,
       layers=(1, 2) if kind == "wide" else (0, 2),
       rows_per_head=(60, 70),
@@ -86,20 +86,14 @@ def make_tiny(kind):
       conv_kernel_size=3,
       conv_dilation=2,
     )
+    engram = configs.EngramConfig(**fields | engram_fields)
     # Neighbouring ids read alike.
     compression = TokenCompression.from_canonical_ids(np.arange(VOCAB) // 2)
-    hashing = NgramHash.create(
-      vocab_size=compression.size,
-      rows_per_head=engram.rows_per_head,
-      heads=engram.heads,
-      layers=engram.layers,
-      pad_id=int(compression.canonical_ids[PAD]),
-    )
-    memory = Memory(engram, compression, hashing)
+    memory = Memory.from_compression(engram, compression)
     rng = np.random.default_rng(1)
     tables = {
       layer: jnp.asarray(rng.normal(size=(rows, engram.head_dim)), jnp.float32)
-      for layer, rows in hashing.num_rows.items()
+      for layer, rows in memory.num_rows.items()
     }
   config = configs.ModelConfig(
     vocab_size=MODEL_VOCAB,
@@ -160,6 +154,12 @@ def every_tiny(request):
 def tiny():
   """The tiny model with memory and convolution."""
   return make_tiny("conv")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_with():
+  """Makes the tiny model of a kind, with fields of its memory's changed."""
+  return make_tiny
 
 
 @pytest.fixture(scope="session")

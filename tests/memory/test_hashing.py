@@ -158,6 +158,49 @@ def test_under_jit_vmap_scan_and_grad():
   np.testing.assert_allclose(jax.grad(loss)(2.0), expected.sum(), rtol=1e-6)
 
 
+# --- orders ---
+
+
+@pytest.mark.parametrize("smallest", [1, 2, 3])
+def test_columns_begin_with_the_smallest_order(smallest):
+  # With as many multipliers and no other primes, an order's columns are what
+  # they are among others.
+  hashing = make_hash(rows_per_head=(101, 211), smallest_order=smallest)
+  assert (hashing.max_order, hashing.columns) == (smallest + 1, 4)
+  ids = np.asarray(random_ids((2, 9)))
+  found = hashing.row_ids_numpy(ids, 4) - hashing.head_offsets(4)
+  multipliers, primes = hashing.multipliers[4], hashing.primes[4]
+  for t in range(9):
+    for column, prime in enumerate(primes.tolist()):
+      mix = 0
+      for back in range(smallest + column // 2):
+        token = int(ids[1, t - back]) if t >= back else hashing.pad_id
+        mix ^= token * int(multipliers[back])
+      assert found[1, t, column] == mix % prime
+  np.testing.assert_array_equal(
+    hashing.row_ids(jnp.asarray(ids), 4), found + hashing.head_offsets(4)
+  )
+  again = NgramHash.from_dict(json.loads(json.dumps(hashing.to_dict())))
+  assert again == hashing and again.smallest_order == smallest
+  assert ("smallest_order" in hashing.to_dict()) == (smallest != 2)
+
+
+def test_unigrams_alone_have_no_history():
+  hashing = make_hash(rows_per_head=(101,), smallest_order=1)
+  ids = random_ids((2, 9))
+  assert hashing.max_order == 1 and hashing.columns == 2
+  history = hashing.empty_history(2)
+  assert history.shape == (2, 0)
+  whole = hashing.row_ids(ids, 1)
+  for t in range(9):
+    one = hashing.row_ids(ids[:, t : t + 1], 1, history=history)
+    np.testing.assert_array_equal(one, whole[:, t : t + 1])
+    history = hashing.next_history(
+      ids[:, t : t + 1], history=history, lengths=jnp.ones(2, jnp.int32)
+    )
+    assert history.shape == (2, 0) and history.dtype == jnp.int32
+
+
 # --- a sequence in pieces ---
 
 

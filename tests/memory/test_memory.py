@@ -1,6 +1,7 @@
 """Memory: one value from tokens to rows, a step in a model of one's own."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -243,6 +244,23 @@ def test_save_and_load(memory, tmp_path):
   chex.assert_trees_all_equal(loaded.row_ids(TOKENS), memory.row_ids(TOKENS))
   with pytest.raises(InputError, match=f"{memory.digest}; valid: 0123"):
     Memory.load(path, digest="0123")
+
+
+def test_digests_and_files_outlive_new_fields(memory, tmp_path):
+  # As they were before the config had the fields that it marks as later.
+  digest = "bcb6e34e0fbc899b00869001495b2c1f11e702cd46380650e6555d45907ea02f"
+  assert memory.digest == digest
+  other = dataclasses.replace(CONFIG, addressing="one_row")
+  assert Memory.create(other, vocab_size=VOCAB).digest != digest
+  path, old = tmp_path / "memory.npz", tmp_path / "old.npz"
+  memory.save(path)
+  stored = dict(np.load(path))
+  fields = json.loads(str(stored["config"]))
+  for field in dataclasses.fields(EngramConfig):
+    if field.metadata.get("later"):
+      assert fields.pop(field.name) == field.default
+  np.savez(old, **stored | {"config": np.array(json.dumps(fields))})
+  assert Memory.load(old, digest=digest) == memory
 
 
 def test_altered_truncated_and_foreign_files_are_refused(memory, tmp_path):
