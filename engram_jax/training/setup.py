@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from engram_jax import sharding
 from engram_jax.backbone.moe import BalancingBias
@@ -95,13 +95,17 @@ class TrainSetup:
 
   # --- states ---
 
-  def initial_state(self) -> TrainState:
+  def initial_state(self, key: PRNGKeyArray | Array) -> TrainState:
     """The state at the start of a run, without its placing. Pure: jit it.
 
-    The backbone's weights depend on the seed alone, so that a model with and
-    one without a memory start alike where they are alike.
+    The backbone's weights depend on the key alone, so that a model with and one
+    without a memory start alike where they are alike.
+
+    Args:
+      key: `jax.random.key(train.seed)`; an argument, so that runs of other
+        seeds are compiled once.
     """
-    model_key, table_key = jax.random.split(jax.random.key(self.train.seed))
+    model_key, table_key = jax.random.split(key)
     model = Transformer(self.model, rngs=nnx.Rngs(params=model_key))
     _, params, balance = nnx.split(model, nnx.Param, BalancingBias)
     tables, table_states = {}, {}
@@ -120,7 +124,7 @@ class TrainSetup:
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of a state; allocates nothing."""
-    shapes = jax.eval_shape(self.initial_state)
+    shapes = jax.eval_shape(self.initial_state, self._key())
     if self.mesh is None:
       return shapes
     return jax.tree.map(
@@ -136,9 +140,12 @@ class TrainSetup:
     hold is never in one piece.
     """
     if self.mesh is None:
-      return jax.jit(self.initial_state)()
+      return jax.jit(self.initial_state)(self._key())
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-    return jax.jit(self.initial_state, out_shardings=shardings)()
+    return jax.jit(self.initial_state, out_shardings=shardings)(self._key())
+
+  def _key(self) -> PRNGKeyArray:
+    return jax.random.key(self.train.seed)
 
   def merge_model(self, state: TrainState) -> Transformer:
     """The transformer with the state's weights."""

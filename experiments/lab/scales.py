@@ -31,11 +31,14 @@ class Scale:
     model: the model without a memory; all its sparse parameters are experts.
     layout: layers, orders, heads and width of the memory; of its rows only the
       proportions count.
-    small_experts: routed experts of the smaller of two budgets.
+    small_experts: routed experts of the smaller of two budgets; 0 for one
+      budget alone.
     batch_size: sequences of one step.
     seq_len: L, tokens of one sequence.
     tokens: lengths of training in tokens, ascending.
     seeds: seeds of every comparison.
+    pilot_seeds: seeds of the pilot, which no comparison uses; none for none.
+    shares: the memory's shares of the sparse parameters that are compared.
     learning_rates: rates that are tried without a memory.
     corpus_bytes: bytes of text that are gathered, at most; each byte once.
     eval_windows: windows of an evaluation, spread over the whole split.
@@ -49,6 +52,8 @@ class Scale:
   seq_len: int
   tokens: tuple[int, ...]
   seeds: tuple[int, ...]
+  pilot_seeds: tuple[int, ...]
+  shares: tuple[float, ...]
   learning_rates: tuple[float, ...]
   corpus_bytes: int
   eval_windows: int
@@ -72,7 +77,7 @@ class Scale:
       warmup_steps=max(1, steps // 20),
       eval_every=0,
       eval_batches=1,
-      checkpoint_every=max(steps // 4, 1),
+      checkpoint_every=max(steps // 4, 50),
       keep_last=1,
       keep_best=0,
       log_every=max(steps // 100, 1),
@@ -131,7 +136,6 @@ def _scale(name, *, size, blocks, vocab, experts, rows, **sizes) -> Scale:
     name=name,
     model=model,
     layout=layout,
-    small_experts=experts // 2,
     **sizes,
   )
 
@@ -144,12 +148,15 @@ SCALES = {
       size=32,
       blocks=2,
       vocab=512,
-      experts=16,
+      experts=24,
       rows=64,
+      small_experts=0,
       batch_size=4,
       seq_len=32,
-      tokens=(512, 1024, 2048),
-      seeds=(0, 1),
+      tokens=(1024,),
+      seeds=(0,),
+      pilot_seeds=(),
+      shares=(0.0, 0.25, 0.9),
       learning_rates=(4e-3,),
       corpus_bytes=100_000,
       eval_windows=8,
@@ -161,10 +168,13 @@ SCALES = {
       vocab=2048,
       experts=64,
       rows=1024,
+      small_experts=32,
       batch_size=16,
       seq_len=128,
-      tokens=(250_000, 1_000_000, 4_000_000),
+      tokens=(250_000, 750_000, 2_250_000),
       seeds=(0, 1, 2),
+      pilot_seeds=(101, 102),
+      shares=(0.0, 0.1, 0.25, 0.5, 0.9),
       learning_rates=(2e-3, 4e-3, 8e-3),
       corpus_bytes=200_000_000,
       eval_windows=512,
@@ -176,10 +186,13 @@ SCALES = {
       vocab=8192,
       experts=64,
       rows=8192,
+      small_experts=32,
       batch_size=64,
       seq_len=512,
       tokens=(6_000_000, 25_000_000, 100_000_000),
       seeds=(0, 1, 2),
+      pilot_seeds=(101, 102),
+      shares=(0.0, 0.1, 0.25, 0.5, 0.9),
       learning_rates=(5e-4, 1e-3, 2e-3),
       corpus_bytes=2_000_000_000,
       eval_windows=1024,

@@ -35,9 +35,6 @@ from experiments.lab.statistics import (
 )
 from experiments.lab.study import Study, measure_losses, tuned_learning_rate
 
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
-#: The pilot's seeds, which no comparison uses.
-PILOT_SEEDS = (101, 102)
 #: What the paper finds between a share of 0 and the best one, in nats.
 PAPERS_EFFECT = 0.0139
 
@@ -45,17 +42,16 @@ PAPERS_EFFECT = 0.0139
 def _models(lab: Laboratory) -> dict[str, dict[float, Any]]:
   """The model of every share, by budget."""
   scale = lab.scale
-  small = _with_experts(scale.model, scale.small_experts)
-  budgets = {"large": scale.model, "small": small}
+  budgets = {"large": scale.model}
+  if scale.small_experts:
+    moe = dataclasses.replace(scale.model.moe, num_experts=scale.small_experts)
+    budgets["small"] = dataclasses.replace(scale.model, moe=moe)
   return {
-    name: {share: scale.with_memory(share, model=model) for share in SHARES}
+    name: {
+      share: scale.with_memory(share, model=model) for share in scale.shares
+    }
     for name, model in budgets.items()
   }
-
-
-def _with_experts(model, experts: int):
-  moe = dataclasses.replace(model.moe, num_experts=experts)
-  return dataclasses.replace(model, moe=moe)
 
 
 def _controls(lab: Laboratory) -> dict[str, Any]:
@@ -84,12 +80,12 @@ def runs(lab: Laboratory) -> list[Run]:
   middle = scale.tokens[len(scale.tokens) // 2]
   pilot = [
     run("pilot", "large", share, models["large"][share], middle, seed)
-    for share, seed in itertools.product((0.0, SHARE), PILOT_SEEDS)
+    for share, seed in itertools.product((0.0, SHARE), scale.pilot_seeds)
   ]
   main = [
     run("share", budget, share, models[budget][share], tokens, seed)
     for budget, tokens, seed, share in itertools.product(
-      models, scale.tokens, scale.seeds, SHARES
+      models, scale.tokens, scale.seeds, scale.shares
     )
   ]
   others = [
@@ -134,27 +130,29 @@ def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
         )
     points.append(point)
   for budget, tokens in itertools.product(("large", "small"), lab.scale.tokens):
-    minima += _minimum(groups, budget, tokens)
+    minima += _minimum(groups, budget, tokens, lab.scale.shares)
   result = {"points": points, "minima": minima, **_power(groups, lab)}
   return {**result, **_verdict(points, minima, result, lab)}
 
 
-def _minimum(groups, budget: str, tokens: int) -> list[dict[str, Any]]:
+def _minimum(
+  groups, budget: str, tokens: int, shares: tuple[float, ...]
+) -> list[dict[str, Any]]:
   """The fitted minimum over the shares, if all are there."""
-  found = [groups.get(f"share {budget} {share} {tokens}") for share in SHARES]
+  found = [groups.get(f"share {budget} {share} {tokens}") for share in shares]
   if not all(found):
     return []
   losses = [[r["loss"]["validation"]["on"] for r in group] for group in found]
-  place = bootstrap(losses, lambda means: parabola_minimum(SHARES, means)[0])
+  place = bootstrap(losses, lambda means: parabola_minimum(shares, means)[0])
   means = np.array([np.mean(x) for x in losses])
   return [
     {
       "budget": budget,
       "tokens": tokens,
       "share": place,
-      "coefficients": parabola_minimum(SHARES, means)[1].tolist(),
-      "best_measured": SHARES[int(means.argmin())],
-      "inside": 0 < int(means.argmin()) < len(SHARES) - 1,
+      "coefficients": parabola_minimum(shares, means)[1].tolist(),
+      "best_measured": shares[int(means.argmin())],
+      "inside": 0 < int(means.argmin()) < len(shares) - 1,
     }
   ]
 
@@ -201,9 +199,9 @@ def _verdict(points, minima, result, lab: Laboratory) -> dict[str, str]:
   gain, worst = gains[best], gains[max(gains)]
   low = gain["low"] if gain["low"] is not None else -np.inf
   finding = (
-    f"At {last['tokens'] / 1e6:g} million tokens the loss is least at a share "
-    f"of {best:.0%}, {gain['mean']:.3f} nats below experts alone; the largest "
-    f"share, {max(gains):.0%}, is {worst['mean']:.3f} below."
+    f"At {last['tokens'] / 1e6:g} million tokens the best share measured is "
+    f"{best:.0%}: {gain['mean']:+.3f} nats better than experts alone; the "
+    f"largest, {max(gains):.0%}, is {worst['mean']:+.3f} better."
   )
   if low <= 0:
     return {"verdict": "too weak to tell", "finding": finding}

@@ -19,7 +19,9 @@ from engram_jax.training.state import (
 
 def initial(tiny):
   """A new run's state."""
-  return jax.jit(tiny.setup.initial_state)()
+  return jax.jit(tiny.setup.initial_state)(
+    jax.random.key(tiny.setup.train.seed)
+  )
 
 
 @pytest.fixture(scope="module")
