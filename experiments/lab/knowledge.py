@@ -30,16 +30,15 @@ from experiments.lab.study import Study, tuned_learning_rate
 from experiments.lab.worlds import (
   ask_all,
   facts_corpus,
+  in_percent,
   summarize,
   whole_text,
   world_of,
 )
 
-#: Rows per head of the smaller memories, by scale; the backbone is that of the
-#: full memory, which the first two groups have in common but for its place.
-ROWS = {"smoke": (), "cpu": (16, 128, 1024), "gpu": (128, 1024, 8192)}
+#: Rows per head of smaller memories over the same backbone, by scale.
+ROWS = {"smoke": (), "cpu": (32, 256), "gpu": (256, 1024, 4096)}
 EXPERTS, MEMORY, ONE_ROW = "experts", "memory", "one row"
-BACKBONE = "no memory, its backbone"
 #: What the paper finds on TriviaQA, in share of the questions.
 PAPERS_EFFECT = 0.019
 
@@ -55,8 +54,6 @@ def runs(lab: Laboratory) -> list[Run]:
       memory.engram, rows_per_head=(rows,) * len(memory.engram.rows_per_head)
     )
     models[f"{rows} rows"] = dataclasses.replace(memory, engram=engram)
-  if ROWS[scale.name]:
-    models[BACKBONE] = dataclasses.replace(memory, engram=None)
   rate, tokens = tuned_learning_rate(lab), whole_text(lab, corpus)
   return [
     Run(
@@ -186,15 +183,12 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
   points = {p["group"]: p for p in result["points"]}
   named = [g for g in (EXPERTS, MEMORY, ONE_ROW) if g in points]
 
-  def percent(interval):
-    return {
-      k: interval[k] and 100 * interval[k] for k in ("mean", "low", "high")
-    }
-
   panels: list[Lines | Bars] = [
     Lines(
       {
-        g: [(int(f), percent(x)) for f, x in points[g]["by_frequency"].items()]
+        g: [
+          (int(f), in_percent(x)) for f, x in points[g]["by_frequency"].items()
+        ]
         for g in named
       },
       title="Recall, in wordings never trained on",
@@ -204,14 +198,13 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     )
   ]
   swept = [p for g, p in points.items() if g not in (EXPERTS, ONE_ROW)]
-  swept = [p for p in swept if p["rows"]]
   if len(swept) > 1:
     frequencies = swept[0]["by_frequency"]
     panels.append(
       Lines(
         {
           f"said {f} times": [
-            (p["rows"], percent(p["by_frequency"][f])) for p in swept
+            (p["rows"], in_percent(p["by_frequency"][f])) for p in swept
           ]
           for f in frequencies
         },
@@ -224,7 +217,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
   panels.append(
     Bars(
       {
-        f"{g}: {kind.removeprefix('two hops, ')}": percent(
+        f"{g}: {kind.removeprefix('two hops, ')}": in_percent(
           points[g]["accuracy"][kind]
         )
         for kind in ("two hops, stated", "two hops, composed")
@@ -238,7 +231,8 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
   draw_panels(panels, path, title=title)
 
 
-STUDY = Study("knowledge", runs, measure, analyze, draw)
+# Two of the groups are edited and grown in `knowledge_editing`.
+STUDY = Study("knowledge", runs, measure, analyze, draw, keep=True)
 
 if __name__ == "__main__":
   STUDY.main()

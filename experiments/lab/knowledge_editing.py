@@ -34,7 +34,7 @@ from experiments.lab.other_memories import (
 from experiments.lab.runs import Laboratory, Run, Trained, by_group
 from experiments.lab.statistics import mean_interval, paired_difference
 from experiments.lab.study import Study, tuned_learning_rate
-from experiments.lab.worlds import facts_corpus, whole_text
+from experiments.lab.worlds import facts_corpus, in_percent, whole_text
 
 SMALL = "small memory"
 ROWS, LORA = "rows of the names", "LoRA"
@@ -146,7 +146,8 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     f"{lora['trained_numbers']['mean']:.0f} of LoRA: {told(lora)}."
   )
   learnt = edits["rows_minus_lora"]["paraphrase"]
-  if divergence["high"] < 0 and learnt["high"] >= 0:
+  has_learnt = rows["accuracy"]["paraphrase"]["mean"] > 0.5
+  if divergence["high"] < 0 and learnt["high"] >= 0 and has_learnt:
     return {"verdict": "reproduced", "finding": finding}
   if divergence["low"] > 0 or learnt["high"] < 0:
     return {"verdict": "contradicted", "finding": finding}
@@ -156,16 +157,11 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:
   """What edits reach and spare, the swap, and growth."""
 
-  def percent(interval):
-    return {
-      k: interval[k] and 100 * interval[k] for k in ("mean", "low", "high")
-    }
-
   panels = []
   if "edits" in result:
     methods = result["edits"]["methods"]
     values = {
-      f"{kind}: {name}": percent(method["accuracy"][kind])
+      f"{kind}: {name}": in_percent(method["accuracy"][kind])
       for kind in methods["before"]["accuracy"]
       for name, method in methods.items()
     }
@@ -173,7 +169,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
       Bars(values, title="Facts changed", xlabel="right answers (%)")
     )
     values = {
-      f"{kind}: {name}": percent(x)
+      f"{kind}: {name}": in_percent(x)
       for kind in result["swap"]["before"]
       for name, found in result["swap"].items()
       for x in (found[kind],)
@@ -183,7 +179,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     )
   if "growth" in result:
     values = {
-      name: percent(found["accuracy"])
+      name: in_percent(found["accuracy"])
       for name, found in result["growth"].items()
     }
     title = "A small memory, trained on by rows alone"

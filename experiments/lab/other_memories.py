@@ -28,12 +28,12 @@ from experiments.lab.worlds import (
   world_of,
 )
 
-SMALL_ROWS = {"smoke": 16, "cpu": 128, "gpu": 1024}
+SMALL_ROWS = {"smoke": 16, "cpu": 32, "gpu": 256}
 #: Steps of rows alone for each grown memory; the same text for all.
 GROWTH_STEPS = {"smoke": 2, "cpu": 150, "gpu": 2000}
 #: Facts of entities never spoken of that one memory is taught, and the steps.
-SWAP_FACTS = {"smoke": 8, "cpu": 128, "gpu": 512}
-SWAP_STEPS = {"smoke": 4, "cpu": 240, "gpu": 960}
+SWAP_FACTS = {"smoke": 8, "cpu": 60, "gpu": 512}
+SWAP_STEPS = {"smoke": 4, "cpu": 150, "gpu": 960}
 SWAP_RATE = 0.03
 
 
@@ -44,9 +44,9 @@ def measure_swap(lab: Laboratory, trained: Trained) -> dict[str, Any]:
   np.random.default_rng(trained.run.seed).shuffle(facts)
   count = min(SWAP_FACTS[scale], len(facts) // 2)
   sets = {"A": facts[:count], "B": facts[count : 2 * count]}
-  memories = {"before": trained}
+  memories, tokenizer = {"before": trained}, trained.data.tokenizer
   for name, chosen in sets.items():
-    taught = lesson_batches(trained, lesson(chosen, TAUGHT), name_rows=True)
+    taught = lesson_batches(tokenizer, lesson(chosen, TAUGHT), name_rows=True)
     memories[f"taught {name}"] = teach_rows(
       trained, taught, learning_rate=SWAP_RATE, steps=SWAP_STEPS[scale]
     )

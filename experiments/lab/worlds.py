@@ -32,9 +32,9 @@ WORLDS = {
   "smoke": FactsConfig(
     entities=15, attributes=2, values=4, frequencies=(0, 2, 8)
   ),
-  "cpu": FactsConfig(entities=640, frequencies=(0, 1, 4, 16, 64)),
+  "cpu": FactsConfig(entities=150, frequencies=(0, 4, 16, 64, 256)),
   "gpu": FactsConfig(
-    entities=8192, values=64, frequencies=(0, 1, 4, 16, 64, 256)
+    entities=3000, values=32, frequencies=(0, 1, 4, 16, 64, 256, 1024)
   ),
 }
 #: Questions that are asked at a time.
@@ -169,3 +169,9 @@ def summarize(asked: Asked, *, by: str | None = None) -> dict[str, Any]:
     for value in np.unique(labels)
   }
   return dict(parts)
+
+
+def in_percent(interval: Mapping[str, Any]) -> dict[str, Any]:
+  """An interval of `mean_interval`, of shares, as percentages."""
+  names = ("mean", "low", "high")
+  return {k: interval[k] and 100 * interval[k] for k in names}
