@@ -128,20 +128,29 @@ def _code(lab: Laboratory, *, is_long: bool, at_most: int) -> Iterator[str]:
 
 
 def _task_texts(split: str, *, longest: int, at_most: int) -> Iterator[str]:
-  """Texts of all tasks in turn, with all the questions that each allows."""
+  """Texts of all tasks in turn, with all the questions that each allows.
+
+  Two of three are short: what is asked for is learnt from the answers, and
+  short texts have more of them to a token.
+  """
   count = at_most // 64  # more than there is room for
   sources = []
-  for config in TASKS.values():
-    words = (0, longest)
-    if isinstance(config, TrackingConfig):
-      module, asked = tracking, config.chains
-    else:
-      module, asked = needles, config.needles
-    sources.append(
-      module.documents(
-        config, words=words, count=count, split=split, asked=asked
+  for part, high in enumerate((longest // 4, longest // 4, longest)):
+    for config in TASKS.values():
+      if isinstance(config, TrackingConfig):
+        module, asked = tracking, config.chains
+      else:
+        module, asked = needles, config.needles
+      sources.append(
+        module.documents(
+          config,
+          words=(0, high),
+          count=count,
+          split=split,
+          asked=asked,
+          first=part * count,
+        )
       )
-    )
   size = 0
   for document in itertools.chain.from_iterable(zip(*sources)):
     if size >= at_most:

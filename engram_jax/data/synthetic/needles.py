@@ -77,6 +77,7 @@ def documents(
   count: int,
   split: str = "train",
   asked: int = 1,
+  first: int = 0,
 ) -> Iterator[Document]:
   """Texts with their question and its answer; every place is equally likely.
 
@@ -88,11 +89,12 @@ def documents(
     asked: questions about one text, one after the other, each beginning with
       another key; of kinds with one key there is one. More of them teach the
       form in fewer tokens.
+    first: number of the first text; all numbers of a split have other texts.
   """
   low, high = words
   require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
   require_integer("asked", asked, low=1, high=config.needles + 1)
-  for i in range(count):
+  for i in range(first, first + count):
     rng = stream(config.seed, split, KINDS.index(config.kind), i)
     length = int(rng.integers(low, high + 1))
     text, needles = _draw(config, rng, words=length, depth=None)

@@ -69,6 +69,7 @@ def documents(
   count: int,
   split: str = "train",
   asked: int = 1,
+  first: int = 0,
 ) -> Iterator[Document]:
   """Texts with their question and its answer; every place is equally likely.
 
@@ -79,11 +80,12 @@ def documents(
     split: of which split they are; the two have other texts.
     asked: questions about one text, one after the other, each about another
       chain. More of them teach the form in fewer tokens.
+    first: number of the first text; all numbers of a split have other texts.
   """
   low, high = words
   require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
   require_integer("asked", asked, low=1, high=config.chains + 1)
-  for i in range(count):
+  for i in range(first, first + count):
     rng = stream(config.seed, split, config.chains, config.hops, i)
     length = int(rng.integers(low, high + 1))
     text, chains = _draw(config, rng, words=length, depth=None)

@@ -112,8 +112,8 @@ def test_splits_and_questions_share_no_text():
   texts.append([f"{x.prompt}{x.answer} .\n" for x in ask(task, words=20)])
   flat = [text for part in texts for text in part]
   assert len({*flat}) == len(flat)
-  again = needles.documents(task, words=(20, 20), count=50)
-  assert [x.text for x in again] == texts[0]
+  again = needles.documents(task, words=(20, 20), count=20, first=10)
+  assert [x.text for x in again] == texts[0][10:30]
 
 
 def test_kinds_share_their_words():
