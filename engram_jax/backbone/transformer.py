@@ -48,8 +48,11 @@ from engram_jax.backbone.moe import MoE, MoEMetrics
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, Fusion
+from engram_jax.fusion.over_encoding import OverEncoding
 from engram_jax.memory.breaks import require_breaks
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows, TokenIds
+
+_FUSIONS = {"gated": Engram, "input_average": OverEncoding}
 
 
 class Context(NamedTuple):
@@ -230,7 +233,7 @@ class Transformer(nnx.Module):
     layers = () if memory is None else memory.layers
     own = [jax.random.fold_in(keys[layer], 1) for layer in layers]
     self.engrams = nnx.List(
-      [Engram(memory, rngs=nnx.Rngs(params=key)) for key in own]
+      [_FUSIONS[memory.fusion](memory, rngs=nnx.Rngs(params=x)) for x in own]
     )
     self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
     tied = config.tie_embeddings

@@ -145,7 +145,12 @@ class Decoder:
     return state._replace(history=np.asarray(state.history))
 
   def start(
-    self, state: DecodeState, token_ids: Any, lengths: Any = None
+    self,
+    state: DecodeState,
+    token_ids: Any,
+    lengths: Any = None,
+    *,
+    lookup: Callable[[], tuple[dict[int, Rows] | None, Any]] | None = None,
   ) -> Callable[[], Decoded]:
     """Begins to append tokens to each sequence.
 
@@ -154,6 +159,8 @@ class Decoder:
       token_ids: int32 [B, L], padded on the right with any ids; or [B], one
         token each.
       lengths: int32 [B], how many of L are real; None with [B].
+      lookup: gives the rows, [B, L, K, d] per Engram layer, and the history
+        after these tokens, for whoever has read them; None to read them here.
 
     Returns:
       A function that ends the step; to be called once. What the store raises
@@ -166,7 +173,8 @@ class Decoder:
     """
     token_ids, lengths = self._as_chunk(state, token_ids, lengths)
     check_history(self.memory, state)
-    lookup = self._start_lookup(state.history, token_ids, lengths)
+    if lookup is None:
+      lookup = self._start_lookup(state.history, token_ids, lengths)
     streams, cache = _lower_blocks(
       self.model, state.cache, jnp.asarray(token_ids)
     )

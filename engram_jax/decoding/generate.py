@@ -136,24 +136,11 @@ def generate(
       caches that do not fit into memory.
     NonFiniteError: at the step whose logits are not finite.
   """
-  config = model.config
-  if vocab_size is None:
-    vocab_size = (config if memory is None else memory).vocab_size
-  if pad_id is None and config.engram is not None:
-    pad_id = config.engram.pad_id
-  allowed = allowed_tokens(
-    config.vocab_size, vocab_size=vocab_size, pad_id=pad_id
+  allowed, vocab_size = ids_to_draw(
+    model, memory, vocab_size=vocab_size, pad_id=pad_id, end_id=end_id
   )
-  # Its compression has no canonical ids for others.
-  known = config.vocab_size if memory is None else memory.vocab_size
-  valid = f"at most the memory's, {known}"
-  require(vocab_size <= known, "vocab_size", vocab_size, valid)
-  check_sampling(temperature, top_k, top_p, size=config.vocab_size)
+  check_sampling(temperature, top_k, top_p, size=model.config.vocab_size)
   require_integer("max_new_tokens", max_new_tokens, low=1)
-  if end_id is not None:
-    require_integer("end_id", end_id)
-    ok = 0 <= end_id < config.vocab_size and allowed[end_id]
-    require(ok, "end_id", end_id, "an id that can be drawn, or None")
   pad = functools.partial(pad_prompts, vocab_size=vocab_size)
   _, lengths = pad(prompts)
   if slots is not None:
@@ -161,11 +148,11 @@ def generate(
     require(slots >= 1, "slots", slots, "an integer >= 1, or None")
   slots = min(slots or len(prompts), len(prompts))
 
-  capacity = _rounded(int(lengths.max()) + max_new_tokens)
+  capacity = rounded_length(int(lengths.max()) + max_new_tokens)
   require_room(
     model,
     slots=slots,
-    prompt=_rounded(int(lengths.max())),
+    prompt=rounded_length(int(lengths.max())),
     capacity=capacity,
     max_new_tokens=max_new_tokens,
   )
@@ -191,14 +178,60 @@ def generate(
         capacity=capacity,
         max_new_tokens=max_new_tokens,
         end_id=end_id,
-        blame=functools.partial(_blame, model, store),
+        blame=functools.partial(describe_nonfinite, model, store),
       )
 
   return steps()
 
 
-def _blame(model: Transformer | DecodingModel, store: RowStore | None) -> str:
-  """Which of the numbers behind logits that are not finite is not, either."""
+def ids_to_draw(
+  model: Transformer | DecodingModel,
+  memory: Memory | None,
+  *,
+  vocab_size: int | None,
+  pad_id: int | None,
+  end_id: int | None,
+) -> tuple[Bool[np.ndarray, "V"], int]:
+  """The ids that may be drawn, and the number of ids that a prompt may have.
+
+  Args:
+    model: the transformer.
+    memory: the model's; None without one, or where it is turned off.
+    vocab_size: see `generate`.
+    pad_id: see `generate`.
+    end_id: see `generate`.
+
+  Raises:
+    InputError: ids outside their range, or an end that cannot be drawn.
+  """
+  config = model.config
+  if vocab_size is None:
+    vocab_size = (config if memory is None else memory).vocab_size
+  if pad_id is None and config.engram is not None:
+    pad_id = config.engram.pad_id
+  allowed = allowed_tokens(
+    config.vocab_size, vocab_size=vocab_size, pad_id=pad_id
+  )
+  # Its compression has no canonical ids for others.
+  known = config.vocab_size if memory is None else memory.vocab_size
+  valid = f"at most the memory's, {known}"
+  require(vocab_size <= known, "vocab_size", vocab_size, valid)
+  if end_id is not None:
+    require_integer("end_id", end_id)
+    ok = 0 <= end_id < config.vocab_size and allowed[end_id]
+    require(ok, "end_id", end_id, "an id that can be drawn, or None")
+  return allowed, vocab_size
+
+
+def describe_nonfinite(
+  model: Transformer | DecodingModel, store: RowStore | None
+) -> str:
+  """Which of the numbers behind logits that are not finite is not, either.
+
+  Args:
+    model: the transformer.
+    store: where its memory's rows live; None without.
+  """
   tables = store.tables if isinstance(store, TableStore) else None
   weights = nnx.state(model) if isinstance(model, Transformer) else model
   for name, tree in (("tables", tables), ("model", weights)):
@@ -317,12 +350,18 @@ def pad_prompts(
     for token_id in prompt:
       require_integer(f"prompts[{i}]", token_id, low=0, high=vocab_size)
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  padded = np.zeros((len(prompts), _rounded(int(lengths.max()))), np.int32)
+  padded = np.zeros(
+    (len(prompts), rounded_length(int(lengths.max()))), np.int32
+  )
   for row, prompt in zip(padded, prompts):
     row[: len(prompt)] = prompt
   return jnp.asarray(padded), jnp.asarray(lengths)
 
 
-def _rounded(length: int) -> int:
-  """The next power of two, at least `SMALLEST_LENGTH`."""
+def rounded_length(length: int) -> int:
+  """The next power of two, at least `SMALLEST_LENGTH`.
+
+  Args:
+    length: a number of tokens.
+  """
   return max(SMALLEST_LENGTH, 1 << (length - 1).bit_length())

@@ -48,6 +48,28 @@ SEED = 0
 Figures = dict[str, Any]
 
 
+class Picture(NamedTuple):
+  """Lines of percentages over one of a result's lists.
+
+  Attributes:
+    points: path of the list in the result.
+    x: path of x in a point.
+    lines: path of a share in a point, by name of its line.
+    title: over the picture.
+    xlabel: with its unit.
+    ylabel: with its unit.
+    log_x: logarithmic x axis; points with x = 0 are left out.
+  """
+
+  points: str
+  x: str
+  lines: Mapping[str, str]
+  title: str
+  xlabel: str
+  ylabel: str
+  log_x: bool = False
+
+
 class Benchmark(NamedTuple):
   """A benchmark as `run` takes it.
 
@@ -56,16 +78,19 @@ class Benchmark(NamedTuple):
     tables: texts to print of its result.
     flags: default and help by name; the default decides the type.
     when: other defaults of flags, where the flag of that name is given.
-    picture: draws a result to a path, a `.png` beside the JSON.
+    picture: lines drawn of the result into a `.png` beside the JSON.
     required: flags that have to be given.
+    configured: there is a flag `--config=FILE.py`; `measure` gets the config
+      as `configured`, None if it is not given.
   """
 
   measure: Callable[..., Figures]
   tables: Callable[[Figures], Iterable[str]]
   flags: Mapping[str, tuple[Any, str]]
   when: Mapping[str, Mapping[str, Any]] = {}
-  picture: Callable[[Figures, pathlib.Path], None] | None = None
+  picture: Picture | None = None
   required: Sequence[str] = ()
+  configured: bool = False
 
 
 def run(benchmark: Benchmark) -> None:
@@ -76,12 +101,14 @@ def run(benchmark: Benchmark) -> None:
 
   name = sys.modules["__main__"].__spec__.name.rpartition(".")[2]
   _define(benchmark.flags)
+  file = cli.define_config() if benchmark.configured else None
   flags.DEFINE_string("out", str(RESULTS / f"{name}.json"), "Where it goes.")
   flags.mark_flags_as_required(benchmark.required)
 
   def main(argv: Sequence[str]) -> None:
     del argv
     given = flags.FLAGS
+    results.require_place(given.out)  # before the work, not after it
     for flag, defaults in benchmark.when.items():
       if given[flag].value != benchmark.flags[flag][0]:
         for other, value in defaults.items():
@@ -89,10 +116,11 @@ def run(benchmark: Benchmark) -> None:
     config = {flag: _value(given[flag].value) for flag in benchmark.flags}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
-    result = {**about, **benchmark.measure(**config)}
+    more = {"configured": file.value} if file else {}
+    result = {**about, **benchmark.measure(**config, **more)}
     results.write_result(given.out, result)
     if benchmark.picture:
-      benchmark.picture(result, pathlib.Path(given.out).with_suffix(".png"))
+      draw(benchmark.picture, result, given.out)
     texts = [*benchmark.tables(result), *verdict(result.get("targets", {}))]
     print("\n\n".join([*texts, f"written to {given.out}"]))
 
@@ -102,7 +130,7 @@ def run(benchmark: Benchmark) -> None:
 def _value(value: Any) -> Any:
   """A flag's; a list of words may be given at once and one by one."""
   if isinstance(value, list) and any(isinstance(x, str) for x in value):
-    return [word for words in value for word in words.split(",")]
+    return [word for words in value for word in words.split(",") if word]
   return value
 
 
@@ -355,7 +383,7 @@ def verdict(targets: Mapping[str, Figures]) -> list[str]:
 
 
 def table(
-  columns: Mapping[str, Any],
+  columns: Mapping[str, Any] | Sequence[str],
   records: Iterable[Mapping[str, Any]],
   *,
   title: str = "",
@@ -364,20 +392,30 @@ def table(
 
   Args:
     columns: by header a path of keys into a record ("decode.ratio"), or a
-      function of it.
+      function of it; or the names of keys, which are their own headers.
     records: a value that one does not have is "-".
     title: a line above.
   """
 
   def value(record, column):
-    if callable(column):
-      return column(record)
-    for key in column.split("."):
-      record = record.get(key) if record else None
-    return record
+    return column(record) if callable(column) else at(record, column)
 
+  if not isinstance(columns, Mapping):
+    columns = dict(zip(columns, columns))
   rows = [[value(r, column) for column in columns.values()] for r in records]
   return "\n".join([*([title] if title else []), aligned(list(columns), rows)])
+
+
+def at(record: Any, path: str) -> Any:
+  """What lies at a path of keys ("decode.ratio"); None if nothing does."""
+  for key in path.split("."):
+    record = record.get(key) if record else None
+  return record
+
+
+def scaled(path: str, unit: float) -> Callable[[Any], float | None]:
+  """A column of a number at a path, in such units."""
+  return lambda r: None if at(r, path) is None else at(r, path) / unit
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -400,6 +438,23 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for line in cells
   ]
   return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def draw(picture: Picture, result: Figures, out: str | pathlib.Path) -> None:
+  """Draws a picture of a result beside its JSON file, `out`."""
+  from engram_jax.analysis.plots import plot_lines
+
+  points = at(result, picture.points)
+  if picture.log_x:
+    points = [point for point in points if at(point, picture.x)]
+  xs = [at(point, picture.x) for point in points]
+  lines = {
+    name: (xs, [100 * at(point, path) for point in points])
+    for name, path in picture.lines.items()
+  }
+  names = ("title", "xlabel", "ylabel", "log_x")
+  labels = {name: getattr(picture, name) for name in names}
+  plot_lines(lines, pathlib.Path(out).with_suffix(".png"), **labels)
 
 
 def rng(stream: int = 0) -> np.random.Generator:

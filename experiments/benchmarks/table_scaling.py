@@ -5,9 +5,10 @@
 
 The whole step of `training.step`, on a small transformer with one Engram
 layer: hash, lookup, forward, backward, AdamW, and lazy Adam on touched rows. It
-is compared with `dense`: the gradient of the whole table through the lookup,
-and optax's Adam on all of it. (A larger model hides more of what a larger table
-costs; with --hidden_size=16 there is next to nothing to hide behind.)
+is compared with `dense`, the same with the gradient of the whole table and
+optax's Adam on all of it (`memory.row_sparse.dense`). A larger model hides more
+of what a larger table costs; with --hidden_size=16 there is next to nothing to
+hide behind.
 
 To reach: the step at 2e7 rows at most 1.2 times the step at 1e5; peak memory at
 most three tables (the rows and two moments) plus what the smallest needs.
@@ -24,20 +25,18 @@ its memory; what is compared with is the smallest table, not `dense`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from engram_jax import sharding
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
+from engram_jax.memory.row_sparse import dense
 from engram_jax.run_config import MeshConfig, TrainConfig
-from engram_jax.training.losses import cross_entropy
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
@@ -74,8 +73,10 @@ ON_A_MESH = {
 }
 
 
-def make_setup(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
-  """The training of a small transformer with about so many rows."""
+def make_setup(
+  form: str, rows: int, *, devices: int = 1, **sizes: int
+) -> TrainSetup:
+  """The training of a small transformer with about so many rows, in a form."""
   heads, width = sizes["heads"], sizes["hidden_size"]
   found = jax.device_count()
   valid = f"1, or this process's {found}"
@@ -112,72 +113,14 @@ def make_setup(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
   )
   # One of several is a run without a mesh, on the first.
   mesh = sharding.make_mesh(MeshConfig()) if devices > 1 else None
-  return models.make_setup(model, train, mesh=mesh)
+  adam = optax.scale_by_adam(train.adam_b1, train.adam_b2, train.adam_eps)
+  optimizer = dense(adam) if form == "dense" else None
+  return models.make_setup(model, train, mesh=mesh, row_optimizer=optimizer)
 
 
-def table_adam(setup: TrainSetup) -> optax.GradientTransformation:
-  """Adam over whole tables, for a learning rate of 1."""
-  train = setup.train
-  return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
-
-
-def make_dense_step(setup: TrainSetup) -> Callable:
-  """The step without the library's idea: differentiate through the lookup.
-
-  The same loss, clipping and rates; `table_states` are optax's.
-  """
-  train, adam = setup.train, table_adam(setup)
-
-  def loss(params, tables, balance, batch):
-    rows = setup.lookup(tables, batch).rows
-    model = nnx.merge(setup.graphdef, params, balance)
-    out = model(batch["inputs"], rows, breaks=batch["breaks"])
-    mask = batch["loss_mask"]
-    total = cross_entropy(out.logits, batch["targets"], mask)
-    return total / jnp.maximum(jnp.sum(mask), 1)
-
-  def step(state: TrainState, batch):
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
-      state.params, state.tables, state.balance, batch
-    )
-    norm = optax.global_norm(gradients)
-    clip = jnp.minimum(1.0, train.clip_norm / norm)
-    by_params, by_tables = jax.tree.map(lambda g: g * clip, gradients)
-    rate = setup.schedule(state.step)
-    updates, opt_state = setup.optimizer.update(
-      by_params, state.opt_state, state.params
-    )
-    moves, table_states = {}, {}
-    for layer, by_table in by_tables.items():
-      moves[layer], table_states[layer] = adam.update(
-        by_table, state.table_states[layer]
-      )
-    table_rate = rate * train.table_learning_rate_multiplier
-
-    def moved(arrays, updates, rate):
-      updates = jax.tree.map(lambda u: u * rate, updates)
-      return optax.apply_updates(arrays, updates)
-
-    state = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      params=moved(state.params, updates, rate),
-      opt_state=opt_state,
-      tables=moved(state.tables, moves, table_rate),
-      table_states=table_states,
-    )
-    return state, {"loss": value, "grad_norm": norm}
-
-  return jax.jit(step, donate_argnums=0)
-
-
-def make_state(setup: TrainSetup, form: str) -> TrainState:
+def make_state(setup: TrainSetup) -> TrainState:
   """The state of a run, every page of it real."""
   state = setup.init_state()
-  if form == "dense":
-    init = jax.jit(table_adam(setup).init)
-    states = {layer: init(table) for layer, table in state.tables.items()}
-    state = dataclasses.replace(state, table_states=states)
   tables, states = harness.resident((state.tables, state.table_states))
   return dataclasses.replace(state, tables=tables, table_states=states)
 
@@ -234,18 +177,15 @@ def in_turns(
   harness.require_memory("rows", [rows for _, rows in runs], needed)
   cases, records = {}, []
   for i, (form, rows) in enumerate(runs):
-    setup = make_setup(rows, devices=devices, **sizes)
+    setup = make_setup(form, rows, devices=devices, **sizes)
     batches = models.make_batches(setup, 16)
     record = {"form": form, "rows": setup.memory.num_rows[LAYER]}
     record["table_mib"] = round(record["rows"] * width / harness.MIB, 1)
-    if form == "dense":
-      step = make_dense_step(setup)
-    else:
-      capacity = room(setup, batches)
-      step = make_train_step(setup, capacity=capacity)
-      record |= {"capacity": capacity} if devices > 1 else {}
+    capacity = room(setup, batches)
+    step = make_train_step(setup, capacity=capacity)
+    record |= {"capacity": capacity} if devices > 1 else {}
     records.append(record)
-    cases[i] = models.steps(step, make_state(setup, form), batches)
+    cases[i] = models.steps(step, make_state(setup), batches)
   times = harness.interleaved(cases, repeats=repeats)
   for i, record in enumerate(records):
     metrics = cases[i]()
@@ -319,7 +259,7 @@ def tables(result: harness.Figures) -> list[str]:
   for i, header in enumerate(("ms below", "ms above")):
     columns[header] = lambda pair, i=i: pair["records"][i]["median_ms"]
   return [
-    harness.table(dict(zip(names, names)), result["lines"], title=title),
+    harness.table(names, result["lines"], title=title),
     harness.table(columns, result["pairs"]),
   ]
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -37,7 +36,7 @@ from engram_jax.run_config import DataConfig, ExperimentConfig
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import loop
 from engram_jax.training.divergence import DivergedError
-from engram_jax.training.evaluation import losses_by_memory
+from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import read_metrics
 from engram_jax.training.setup import TrainSetup
@@ -127,12 +126,6 @@ class Laboratory:
   def __init__(self, scale: Scale, folder: pathlib.Path):
     self.scale, self.folder = scale, folder
     self._corpora: dict[str, corpora.Corpus] = {}
-    # Runs that differ in their seed alone are compiled once.
-    cache = str(folder / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if scale.name == "smoke":  # nearly all of its time is compilation
-      jax.config.update("jax_disable_most_optimizations", True)
 
   # --- text ---
 
@@ -210,12 +203,18 @@ class Laboratory:
       folder=folder,
     )
 
-  def losses(self, trained: Trained) -> dict[str, dict[str, float]]:
+  def losses(
+    self, trained: Trained, *, modes: Sequence[str] = ("on",)
+  ) -> dict[str, dict[str, float]]:
     """Nats per token by memory mode, on windows spread over held-out text.
+
+    Args:
+      trained: the model.
+      modes: uses of the memory, of `MEMORY_MODES`.
 
     Returns:
       `validation` (the text's own held-out part) and `prose` (the second
-      corpus, never trained on), each with the losses of `losses_by_memory`.
+      corpus, never trained on), each with the loss of every mode.
     """
     prose = dataclasses.replace(
       self.data_config(self.corpus("prose")), validation_percent=1
@@ -224,19 +223,27 @@ class Laboratory:
       prose, tokenizer_path=trained.data.tokenizer_path, both_splits=False
     )
     return {
-      "validation": self.losses_on(trained, trained.data, "validation"),
-      "prose": self.losses_on(trained, other, "all"),
+      "validation": self.losses_on(
+        trained, trained.data, "validation", modes=modes
+      ),
+      "prose": self.losses_on(trained, other, "all", modes=modes),
     }
 
   def losses_on(
-    self, trained: Trained, data: PreparedData, split: str
+    self,
+    trained: Trained,
+    data: PreparedData,
+    split: str,
+    *,
+    modes: Sequence[str] = ("on",),
   ) -> dict[str, float]:
-    """`losses_by_memory` on windows spread over a split.
+    """Nats per token by memory mode, on windows spread over a split.
 
     Args:
       trained: the model.
       data: a text with the model's tokenizer.
       split: `train`, `validation` or `all`.
+      modes: uses of the memory, of `MEMORY_MODES`.
     """
     train = trained.config.train
 
@@ -250,7 +257,12 @@ class Laboratory:
       )
 
     store = TableStore(trained.tables) if trained.tables else None
-    return losses_by_memory(trained.setup, trained.model, store, batches)
+    return {
+      mode: mean_loss(
+        trained.setup, trained.model, store, batches(), memory=mode
+      )
+      for mode in modes
+    }
 
   # --- measuring ---
 

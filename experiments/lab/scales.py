@@ -37,6 +37,7 @@ class Scale:
     seq_len: L, tokens of one sequence.
     tokens: lengths of training in tokens, ascending.
     seeds: seeds of every comparison.
+    pilot_seeds: seeds of the pilot, which no comparison uses; none for none.
     shares: the memory's shares of the sparse parameters that are compared.
     learning_rates: rates that are tried without a memory.
     corpus_bytes: bytes of text that are gathered, at most; each byte once.
@@ -51,6 +52,7 @@ class Scale:
   seq_len: int
   tokens: tuple[int, ...]
   seeds: tuple[int, ...]
+  pilot_seeds: tuple[int, ...]
   shares: tuple[float, ...]
   learning_rates: tuple[float, ...]
   corpus_bytes: int
@@ -75,7 +77,7 @@ class Scale:
       warmup_steps=max(1, steps // 20),
       eval_every=0,
       eval_batches=1,
-      checkpoint_every=max(steps // 4, 1),
+      checkpoint_every=max(steps // 4, 50),
       keep_last=1,
       keep_best=0,
       log_every=max(steps // 100, 1),
@@ -117,6 +119,7 @@ def _scale(name, *, size, blocks, vocab, experts, rows, **sizes) -> Scale:
       top_k=2,
       expert_size=size // 2,
       num_shared=1,
+      capacity_factor=2.0,
       # Ten and a hundred times the paper's: these runs are short.
       balance_rate=0.01,
       balance_loss=0.01,
@@ -152,7 +155,8 @@ SCALES = {
       batch_size=4,
       seq_len=32,
       tokens=(1024,),
-      seeds=(0, 1),
+      seeds=(0,),
+      pilot_seeds=(),
       shares=(0.0, 0.25, 0.9),
       learning_rates=(4e-3,),
       corpus_bytes=100_000,
@@ -168,11 +172,12 @@ SCALES = {
       small_experts=32,
       batch_size=16,
       seq_len=128,
-      tokens=(250_000, 1_000_000, 4_000_000),
+      tokens=(250_000, 750_000, 2_250_000),
       seeds=(0, 1, 2),
-      shares=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9),
+      pilot_seeds=(101, 102),
+      shares=(0.0, 0.1, 0.25, 0.5, 0.9),
       learning_rates=(2e-3, 4e-3, 8e-3),
-      corpus_bytes=200_000_000,
+      corpus_bytes=24_000_000,
       eval_windows=512,
     ),
     _scale(
@@ -187,7 +192,8 @@ SCALES = {
       seq_len=512,
       tokens=(6_000_000, 25_000_000, 100_000_000),
       seeds=(0, 1, 2),
-      shares=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9),
+      pilot_seeds=(101, 102),
+      shares=(0.0, 0.1, 0.25, 0.5, 0.9),
       learning_rates=(5e-4, 1e-3, 2e-3),
       corpus_bytes=2_000_000_000,
       eval_windows=1024,

@@ -35,8 +35,6 @@ from experiments.lab.statistics import (
 )
 from experiments.lab.study import Study, measure_losses, tuned_learning_rate
 
-#: The pilot's seeds, which no comparison uses.
-PILOT_SEEDS = (101, 102)
 #: What the paper finds between a share of 0 and the best one, in nats.
 PAPERS_EFFECT = 0.0139
 
@@ -82,7 +80,7 @@ def runs(lab: Laboratory) -> list[Run]:
   middle = scale.tokens[len(scale.tokens) // 2]
   pilot = [
     run("pilot", "large", share, models["large"][share], middle, seed)
-    for share, seed in itertools.product((0.0, SHARE), PILOT_SEEDS)
+    for share, seed in itertools.product((0.0, SHARE), scale.pilot_seeds)
   ]
   main = [
     run("share", budget, share, models[budget][share], tokens, seed)
@@ -201,9 +199,9 @@ def _verdict(points, minima, result, lab: Laboratory) -> dict[str, str]:
   gain, worst = gains[best], gains[max(gains)]
   low = gain["low"] if gain["low"] is not None else -np.inf
   finding = (
-    f"At {last['tokens'] / 1e6:g} million tokens the loss is least at a share "
-    f"of {best:.0%}, {gain['mean']:.3f} nats below experts alone; the largest "
-    f"share, {max(gains):.0%}, is {worst['mean']:.3f} below."
+    f"At {last['tokens'] / 1e6:g} million tokens the best share measured is "
+    f"{best:.0%}: {gain['mean']:+.3f} nats better than experts alone; the "
+    f"largest, {max(gains):.0%}, is {worst['mean']:+.3f} better."
   )
   if low <= 0:
     return {"verdict": "too weak to tell", "finding": finding}

@@ -10,12 +10,11 @@ import pytest
 
 from engram_jax.errors import InputError
 from experiments.benchmarks import (
-  compile_time,
-  engram_module,
   harness,
   hash,
   larger_than_memory,
   offload,
+  table_scaling,
 )
 
 TIMES = {"median_ms", "min_ms", "first_s"}
@@ -75,6 +74,9 @@ def test_table_of_records():
     "1      4",
     "-      6",
   ]
+  assert harness.table(["c"], records).splitlines() == ["c", "-", "2", "3"]
+  found = [harness.scaled("a.b", 4)(record) for record in records]
+  assert found == [0.25, None]
 
 
 def test_targets_are_told():
@@ -92,34 +94,27 @@ def test_targets_are_told():
 
 # --- children ---
 
-MODULE = {name: default for name, (default, _) in engram_module.SIZES.items()}
-
-
-def in_turns(**changes):
-  sizes = {**MODULE, "hidden_size": 8, "length": 8, **changes}
-  return harness.in_child(engram_module.in_turns, repeats=1, **sizes)
+HASH = dict(tokens=[32], length=32, repeats=1)
 
 
 def test_child_measures_and_tells_its_peak():
-  answer = in_turns(rows_per_head=[11], lines=["hash"])
-  assert set(answer) == {"records", "peak_mib"}
+  answer = harness.in_child(hash.measure, **HASH)
+  assert set(answer) == {"targets", "records", "peak_mib"}
   assert 10 < answer["peak_mib"] < 10_000
 
 
 def test_child_refuses_as_its_parent_would():
-  with pytest.raises(InputError, match=r"^lines: nothing; valid: of hash"):
-    in_turns(rows_per_head=[11], lines=["nothing"])
+  with pytest.raises(InputError, match=r"^tokens: 33; valid: a multiple of"):
+    harness.in_child(hash.measure, **HASH | {"tokens": [33]})
 
 
 def test_child_that_fails_says_why():
   with pytest.raises(RuntimeError, match="no_such_argument"):
-    harness.in_child(compile_time.compile_once, no_such_argument=1)
+    harness.in_child(hash.measure, no_such_argument=1)
 
 
 def test_child_is_given_up_in_time():
-  fields = dict(preset="tiny", layers=6, batch=1, length=8, form="unrolled")
-  answer = harness.in_child(compile_time.compile_once, timeout=1, **fields)
-  assert answer is None
+  assert harness.in_child(hash.measure, timeout=0.1, **HASH) is None
 
 
 def test_number_of_simulated_devices(monkeypatch):
@@ -214,12 +209,7 @@ harness.run(benchmark)
       ["--devices=3"],  # and what else is the default with it
       "batch: 8; valid: a multiple of devices = 3",
     ),
-    (
-      "compile_time",
-      ["--layers=3"],
-      "layers: 3; valid: 6 or more, with a memory at the second block and the "
-      "middle",
-    ),
+    ("hash", ["--out=/proc"], "out: /proc; valid: a file: this is a folder"),
     (
       "offload",
       ["--quick", "--prompts=3"],
@@ -228,21 +218,27 @@ harness.run(benchmark)
   ],
 )
 def test_programs_refuse_in_one_line(name, flags, message, tmp_path):
-  done = program(name, *flags, f"--out={tmp_path}/x.json")
+  done = program(name, f"--out={tmp_path}/x.json", *flags)
   assert done.returncode == 2, done.stderr
   assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["offload", "offload_higher"])
-def test_pictures_are_made_of_committed_results(name, tmp_path):
+@pytest.mark.parametrize(
+  "name, benchmark",
+  [
+    ("offload", offload),
+    ("offload_higher", offload),
+    ("larger_than_memory", larger_than_memory),
+  ],
+)
+def test_pictures_are_made_of_committed_results(name, benchmark, tmp_path):
   result = json.loads((harness.RESULTS / f"{name}.json").read_text())
-  offload.picture(result, tmp_path / "x.png")
+  harness.draw(benchmark.PICTURE, result, tmp_path / "x.json")
   assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_picture_of_the_committed_file_larger_than_memory(tmp_path):
-  path = harness.RESULTS / "larger_than_memory.json"
-  result = json.loads(path.read_text())
-  larger_than_memory.picture(result, tmp_path / "x.png")
-  assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+def test_tables_are_made_of_committed_results():
+  path = harness.RESULTS / "table_scaling.json"
+  (lines, pairs) = table_scaling.tables(json.loads(path.read_text()))
+  assert "peak_mib" in lines and "dense 5,000,0" in pairs

@@ -328,8 +328,8 @@ for name, optimizer in OPTIMIZERS.items():
   for strategy in exchange.STRATEGIES:
     def step(many, state, ids, values):
       _, plan = exchange.lookup({1: many}, {1: ids}, strategy=strategy)
-      home = exchange.reduce_row_gradients(plan, {1: values}, num_rows={1: 80})
-      return exchange.update(optimizer, many, state, home[1], 0.1)
+      owned = exchange.reduce_row_gradients(plan, {1: values}, num_rows={1: 80})
+      return exchange.update(optimizer, many, state, owned[1], 0.1)
     with jax.set_mesh(mesh):
       by_rows = lambda x: jax.device_put(x, jax.NamedSharding(
         mesh, sharding.TABLE if x.ndim and x.shape[0] == 80 else jax.P()))
@@ -410,7 +410,7 @@ def test_optax_on_rows_touched_at_every_step_is_the_dense_form(name, own_rate):
 def test_what_couples_rows_is_refused(name):
   match = "^row_sparse transformation: (couples rows|state of shape)"
   with pytest.raises(InputError, match=match):
-    row_sparse(COUPLING[name]())
+    row_sparse(COUPLING[name]()).init(table())
 
 
 @pytest.mark.parametrize("name", FACTORED)
