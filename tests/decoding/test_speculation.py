@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from engram_jax.decoding.drafters import (
+  corpus_drafter,
   first_of,
   memory_logits,
   prompt_lookup,
@@ -200,6 +201,19 @@ def test_prompt_lookup():
   assert prompt_lookup([8, 8, 8], 4) == [8]
   with pytest.raises(InputError, match="longest: 1"):
     prompt_lookup(text, 4, longest=1, shortest=2)
+
+
+def test_corpus_drafter_takes_what_mostly_followed():
+  texts = np.array([[1, 2, 3, 1, 2, 4], [1, 2, 4, 5, 3, 9]], np.int32)
+  draft = corpus_drafter(texts, longest=2)
+  # After (1, 2): 3, 4, 4. Then (2, 4): 5, (4, 5): 3, (5, 3): 9; 9 ends a row.
+  assert draft([7, 1, 2], 9, None) == [4, 5, 3, 9]
+  assert draft([7, 1, 2], 2, None) == [4, 5]
+  # (7, 3) was never met; after 3: 1 and 9, once each. No row goes on.
+  assert draft([7, 3], 1, None) == [1]
+  assert draft([7], 1, None) == draft([4, 1, 9], 1, None) == []
+  with pytest.raises(InputError, match="longest: 6"):
+    corpus_drafter(texts, longest=6)
 
 
 def test_memory_logits_are_those_of_the_values_alone(tiny):
