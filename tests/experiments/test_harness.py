@@ -14,7 +14,6 @@ from experiments.benchmarks import (
   hash,
   larger_than_memory,
   offload,
-  table_scaling,
 )
 
 TIMES = {"median_ms", "min_ms", "first_s"}
@@ -241,9 +240,3 @@ def test_pictures_are_made_of_committed_results(name, benchmark, tmp_path):
   result = json.loads((harness.RESULTS / f"{name}.json").read_text())
   harness.draw(benchmark.PICTURE, result, tmp_path / "x.json")
   assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_tables_are_made_of_committed_results():
-  path = harness.RESULTS / "table_scaling.json"
-  (lines, pairs) = table_scaling.tables(json.loads(path.read_text()))
-  assert "peak_mib" in lines and "dense 5,000,0" in pairs
