@@ -136,7 +136,7 @@ def _long_config(lab: Laboratory, run: Run, corpus):
   """The second stage of a run."""
   sizes = SIZES[lab.scale.name]
   model: ModelConfig = run.config.model
-  yarn = YarnConfig(scale=sizes.stretch, original_length=sizes.short)
+  yarn = YarnConfig(scale=float(sizes.stretch), original_length=sizes.short)
   attention = dataclasses.replace(model.attention, yarn=yarn)
   batch_size = max(1, sizes.batch_size // sizes.stretch)
   steps = sizes.long_tokens // (batch_size * sizes.long)
