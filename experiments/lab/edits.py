@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
@@ -58,7 +59,15 @@ EDITED = {"smoke": 2, "cpu": 12, "gpu": 64}
 OTHERS = 128
 STEPS = {"smoke": 3, "cpu": 60, "gpu": 60}
 ROW_TX = row_sparse(optax.scale_by_adam())
-LORA_TX = optax.inject_hyperparams(optax.adam)
+LORA_TX = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
+#: Learning rates that are tried, of rows and of LoRA.
+ROW_RATES = {"smoke": (0.03,), "cpu": (0.01, 0.03, 0.1), "gpu": (0.01, 0.03)}
+LORA_RATES = {"smoke": (0.01,), "cpu": (0.003, 0.01, 0.03), "gpu": (3e-3, 0.01)}
+
+_teach_rows = jax.jit(
+  rows_only_step, static_argnames=("row_optimizer",), donate_argnums=0
+)
+_lora_step = functools.cache(lambda memory: make_lora_step(memory, LORA_TX))
 
 
 class Lesson(NamedTuple):
@@ -91,11 +100,9 @@ def lesson_batches(
       ends, which are those of its own n-grams; else all that are read.
   """
   batches = question_batches(tokenizer, taught.questions)
-  if not name_rows:
-    return batches
   size, length = batches[0]["inputs"].shape
-  masks = np.zeros((len(batches) * size, length), bool)
-  for i, (question, subject) in enumerate(zip(*taught)):
+  masks = np.full((len(batches) * size, length), not name_rows)
+  for i, (question, subject) in enumerate(zip(*taught) if name_rows else ()):
     end = question.prompt.index(subject) + len(subject)
     offsets = tokenizer.encode(question.prompt).offsets
     masks[i, [stop for _, stop in offsets].index(end)] = True
@@ -113,16 +120,16 @@ def teach_rows(
   steps: int,
 ) -> Trained:
   """The run with rows that were taught; its weights are the same arrays."""
-  step = jax.jit(
-    functools.partial(
-      rows_only_step, memory=trained.memory, row_optimizer=ROW_TX
-    ),
-    donate_argnums=0,
-  )
   state = RowsState.create(trained.memory, trained.tables, ROW_TX)
   for i in range(steps):
-    batch = batches[i % len(batches)]
-    state, _ = step(state, trained.model, batch, learning_rate=learning_rate)
+    state, _ = _teach_rows(
+      state,
+      trained.model,
+      batches[i % len(batches)],
+      memory=trained.memory,
+      row_optimizer=ROW_TX,
+      learning_rate=learning_rate,
+    )
   return dataclasses.replace(trained, tables=state.tables)
 
 
@@ -137,9 +144,9 @@ def teach_lora(
   """The run with a low-rank addition to its attention; its tables stay."""
   key = jax.random.key(trained.run.seed)
   lora = init_lora(key, trained.model, rank=rank, matrices=ATTENTION)
-  optimizer = LORA_TX(learning_rate=learning_rate)
-  step, opt_state = make_lora_step(trained.memory, optimizer), None
-  opt_state = optimizer.init(lora)
+  # The rate is part of the state: all rates are one compiled step.
+  step, opt_state = _lora_step(trained.memory), LORA_TX.init(lora)
+  opt_state.hyperparams["learning_rate"] = jnp.asarray(learning_rate)
   for i in range(steps):
     batch = batches[i % len(batches)]
     arguments = (trained.model, trained.tables, batch)
@@ -212,14 +219,14 @@ def measure_edits(lab: Laboratory, trained: Trained) -> list[dict[str, Any]]:
 
   records = [judge("before", 0.0, 0, trained)]
   steps = STEPS[scale]
-  for rate in (0.01, 0.03, 0.1):
+  for rate in ROW_RATES[scale]:
     for method, batches, count in (
       ("rows of the names", name_batches, numbers[0]),
       ("all rows read", all_batches, numbers[1]),
     ):
       after = teach_rows(trained, batches, learning_rate=rate, steps=steps)
       records.append(judge(method, rate, count, after))
-  for rate in (0.003, 0.01, 0.03):
+  for rate in LORA_RATES[scale]:
     after = teach_lora(
       trained, all_batches, rank=rank, learning_rate=rate, steps=steps
     )

@@ -29,6 +29,7 @@ PAPER = {
   "mechanism": "early blocks predict sooner; block 5 with a memory is like "
   "block 12 without; silenced, facts fall to 29 to 44 %, reading to 81 to 93 %",
   "knowledge": "factual recall gains most",
+  "knowledge_editing": "not studied",
   "speculation": "not studied",
   "long_context": "at equal loss multi-query needles 84 to 97 %, tracking 77 "
   "to 87 %",

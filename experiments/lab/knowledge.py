@@ -43,6 +43,11 @@ EXPERTS, MEMORY, ONE_ROW = "experts", "memory", "one row"
 PAPERS_EFFECT = 0.019
 
 
+def group_of(rows: int) -> str:
+  """Name of the group of a smaller memory."""
+  return f"{rows} rows"
+
+
 def runs(lab: Laboratory) -> list[Run]:
   """Each group with all seeds; each run reads the whole text once."""
   scale, corpus = lab.scale, facts_corpus(lab)
@@ -53,7 +58,7 @@ def runs(lab: Laboratory) -> list[Run]:
     engram = dataclasses.replace(
       memory.engram, rows_per_head=(rows,) * len(memory.engram.rows_per_head)
     )
-    models[f"{rows} rows"] = dataclasses.replace(memory, engram=engram)
+    models[group_of(rows)] = dataclasses.replace(memory, engram=engram)
   rate, tokens = tuned_learning_rate(lab), whole_text(lab, corpus)
   return [
     Run(

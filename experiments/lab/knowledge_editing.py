@@ -17,7 +17,6 @@ best efficacy + paraphrase - (facts of other entities lost), on the mean over
 seeds, stands for it, and all are in the records.
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -25,61 +24,51 @@ import numpy as np
 
 from experiments.lab.edits import measure_edits
 from experiments.lab.figures import Bars, draw_panels
-from experiments.lab.knowledge import MEMORY
-from experiments.lab.other_memories import (
-  SMALL_ROWS,
-  measure_growth,
-  measure_swap,
-)
+from experiments.lab.knowledge import MEMORY, ROWS, group_of
+from experiments.lab.knowledge import runs as knowledge_runs
+from experiments.lab.other_memories import measure_growth, measure_swap
 from experiments.lab.runs import Laboratory, Run, Trained, by_group
 from experiments.lab.statistics import mean_interval, paired_difference
-from experiments.lab.study import Study, tuned_learning_rate
-from experiments.lab.worlds import facts_corpus, in_percent, whole_text
+from experiments.lab.study import Study
+from experiments.lab.worlds import in_percent
 
-SMALL = "small memory"
-ROWS, LORA = "rows of the names", "LoRA"
+BY_ROWS, BY_LORA = "rows of the names", "LoRA"
 
 
 def runs(lab: Laboratory) -> list[Run]:
-  """The memory of the first half, and a small one over the same backbone."""
-  corpus, memory = facts_corpus(lab), lab.scale.with_memory()
-  orders = len(memory.engram.rows_per_head)
-  rows = (SMALL_ROWS[lab.scale.name],) * orders
-  small = dataclasses.replace(memory.engram, rows_per_head=rows)
-  models = {MEMORY: memory, SMALL: dataclasses.replace(memory, engram=small)}
-  rate, tokens = tuned_learning_rate(lab), whole_text(lab, corpus)
-  return [
-    Run(
-      group,
-      lab.config(
-        model, tokens=tokens, seed=seed, learning_rate=rate, corpus=corpus
-      ),
-    )
-    for seed in lab.scale.seeds
-    for group, model in models.items()
-  ]
+  """The full memory of the first half of the study, and its smallest one."""
+  smallest = min(ROWS[lab.scale.name], default=None)
+  growing = MEMORY if smallest is None else group_of(smallest)
+  return [run for run in knowledge_runs(lab) if run.group in (MEMORY, growing)]
 
 
 def measure(lab: Laboratory, trained: Trained) -> dict[str, Any]:
-  """Edits and swaps of the memory; growth of the small one."""
-  if trained.run.group == SMALL:
-    return {"growth": measure_growth(lab, trained)}
-  return {
-    "edits": measure_edits(lab, trained),
-    "swap": measure_swap(lab, trained),
-  }
+  """Edits and swaps of the full memory; growth of the smallest one.
+
+  At smoke scale there is one memory for both.
+  """
+  found: dict[str, Any] = {}
+  if trained.run.group == MEMORY:
+    found["edits"] = measure_edits(lab, trained)
+    found["swap"] = measure_swap(lab, trained)
+  if trained.run.group != MEMORY or not ROWS[lab.scale.name]:
+    found["growth"] = measure_growth(lab, trained)
+  return found
 
 
 def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
   """Means over seeds, and rows against LoRA."""
   del lab
-  groups = by_group(records)
-  result: dict[str, Any] = {}
-  if MEMORY in groups:
-    result["edits"] = _analyze_edits([r["edits"] for r in groups[MEMORY]])
-    result["swap"] = _means([r["swap"] for r in groups[MEMORY]])
-  if SMALL in groups:
-    result["growth"] = _means([r["growth"] for r in groups[SMALL]])
+  finished = [r for found in by_group(records).values() for r in found]
+  parts = {
+    name: [record[name] for record in finished if name in record]
+    for name in ("edits", "swap", "growth")
+  }
+  result: dict[str, Any] = {
+    name: (_analyze_edits if name == "edits" else _means)(seeds)
+    for name, seeds in parts.items()
+    if seeds
+  }
   return result | _verdict(result)
 
 
@@ -109,7 +98,7 @@ def _analyze_edits(seeds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     name: paired_difference(
       *(
         [_number(r, name) for r in side]
-        for side in (chosen[ROWS], chosen[LORA])
+        for side in (chosen[BY_ROWS], chosen[BY_LORA])
       )
     )
     for name in (*before[0]["accuracy"], "divergence", "text_loss")
@@ -133,7 +122,7 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
   if not divergence or divergence["low"] is None:
     finding = "Fewer than two seeds: no interval."
     return {"verdict": "too weak to tell", "finding": finding}
-  rows, lora = (edits["methods"][name] for name in (ROWS, LORA))
+  rows, lora = (edits["methods"][name] for name in (BY_ROWS, BY_LORA))
 
   def told(method):
     learnt = method["accuracy"]["paraphrase"]["mean"]

@@ -28,7 +28,7 @@ from experiments.lab.worlds import (
   world_of,
 )
 
-SMALL_ROWS = {"smoke": 16, "cpu": 32, "gpu": 256}
+FACTORS = {"smoke": (3,), "cpu": (3, 9), "gpu": (3, 9)}
 #: Steps of rows alone for each grown memory; the same text for all.
 GROWTH_STEPS = {"smoke": 2, "cpu": 150, "gpu": 2000}
 #: Facts of entities never spoken of that one memory is taught, and the steps.
@@ -68,13 +68,15 @@ def measure_growth(lab: Laboratory, trained: Trained) -> dict[str, Any]:
   """Recall before and after training rows alone, for each way to grow."""
   scale, world = lab.scale.name, world_of(lab)
   memory, key = trained.memory, jax.random.key(trained.run.seed)
-  rows = (4 * SMALL_ROWS[scale],)
-  grown = {
-    "as it is": (memory, trained.tables),
-    "3 x rows": multiply_rows(memory, trained.tables, factor=3),
-    "9 x rows": multiply_rows(memory, trained.tables, factor=9),
-    "4-grams added": add_orders(memory, trained.tables, rows_per_head=rows),
-  }
+  grown = {"as it is": (memory, trained.tables)}
+  for factor in FACTORS[scale]:
+    larger = multiply_rows(memory, trained.tables, factor=factor)
+    grown[f"{factor} x rows"] = larger
+  # As many new rows as three times the old ones have.
+  rows = (4 * memory.config.rows_per_head[0],)
+  grown["4-grams added"] = add_orders(
+    memory, trained.tables, rows_per_head=rows
+  )
   train, steps = trained.config.train, GROWTH_STEPS[scale]
   text = batches(
     trained.data,

@@ -37,8 +37,9 @@ WORLDS = {
     entities=3000, values=32, frequencies=(0, 1, 4, 16, 64, 256, 1024)
   ),
 }
-#: Questions that are asked at a time.
-BATCH = 64
+#: Questions that are asked at a time, and the tokens that they are filled up to
+#: a multiple of: nearly all batches are of one shape, and compiled once.
+BATCH, LENGTH = 64, 32
 
 
 class Asked(NamedTuple):
@@ -102,11 +103,11 @@ def question_batches(
   longest = max(
     len(tokenizer.encode(q.prompt + q.answer).ids) for q in questions
   )
-  seq_len = math.ceil((longest - 1) / 8) * 8
-  size, batches = min(BATCH, len(questions)), []
-  for start in range(0, len(questions), size):
-    part = list(questions[start : start + size])
-    filled = part + part[:1] * (size - len(part))
+  seq_len = math.ceil((longest - 1) / LENGTH) * LENGTH
+  batches = []
+  for start in range(0, len(questions), BATCH):
+    part = list(questions[start : start + BATCH])
+    filled = part + part[:1] * (BATCH - len(part))
     batch = question_batch(tokenizer, filled, seq_len=seq_len)
     batch["loss_mask"][len(part) :] = False
     batches.append(batch)
