@@ -256,13 +256,14 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         for side in names
       },
       title="How far each depth is from the output",
-      xlabel="depth (blocks)",
+      xlabel="depth (blocks; 0 is the embedding)",
+      ticks=[str(i) for i in range(len(last["lens"]))],
       ylabel="KL of the lens (nats)",
     )
   ]
   if last["alignment"]:
     places = {
-      names[side]: [*enumerate(last["alignment"][side]["places"], start=1)]
+      names[side]: [*enumerate(last["alignment"][side]["places"])]
       for side in names
     }
     panels.append(
@@ -271,6 +272,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         title="The layer of a model without memory\nthat each layer resembles",
         xlabel="layer j",
         ylabel="soft alignment a_j (layer)",
+        ticks=[str(i) for i in range(1, len(last["lens"]))],
       )
     )
   origin, bands = last["silenced"]["origin"], last["silenced"]["trigram"]
@@ -307,7 +309,8 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         )
       },
       title="By frequency of the trigram that addresses it",
-      xlabel="times in training: " + ", ".join(BANDS),
+      xlabel="times in the training text",
+      ticks=BANDS,
       ylabel="loss above that with memory (nats)",
       zero=True,
     )
