@@ -3,6 +3,8 @@
 #
 #   make train                  train the tiny model; again: continue or finish
 #   make test                   run all tests, e.g. ARGS="-k hash" JOBS=4
+#   make lab                    all studies, at smoke scale; SCALE=cpu the real
+#                               ones: hours, and going on where they stopped
 #   make lint                   ruff: rules and format
 #   make docs                   pages and API reference into build/docs
 #   make clean                  remove .venv and build products, never runs/
@@ -12,6 +14,9 @@ CONFIG ?= experiments/configs/tiny.py
 WORKDIR ?= runs/tiny
 # JAX keeps several cores busy by itself.
 JOBS ?= 2
+SCALE ?= smoke
+# Processes of one thread each, which share the runs of a study.
+WORKERS ?= 2
 ARGS ?=
 VENV ?= .venv
 
@@ -33,7 +38,7 @@ REBUILD := 1
 endif
 endif
 
-.PHONY: train test lint docs clean
+.PHONY: train test lab lint docs clean
 
 train: $(VENV)/.installed-train
 	$(VENV)/bin/python -m experiments.pretrain --config=$(CONFIG) \
@@ -42,6 +47,10 @@ train: $(VENV)/.installed-train
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
+
+lab: $(VENV)/.installed-train
+	$(VENV)/bin/python -m experiments.lab --scale=$(SCALE) \
+	  --workers=$(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

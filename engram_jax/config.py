@@ -20,13 +20,14 @@ DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("dense", "bucketed", "dropless")
 REMATS = ("none", "dots", "block")
 ADDRESSINGS = ("ngrams", "one_row", "shuffled")
+FUSIONS = ("gated", "input_average")
 
 
 def _later(default: Any) -> Any:
   """A field that came after the first digests of configs were written.
 
   At its default it is left out of them, so that they stay what they were: see
-  `config_dicts.without_later_defaults`.
+  `config_dicts.for_digest`.
   """
   return dataclasses.field(default=default, metadata={"later": True})
 
@@ -110,6 +111,18 @@ class EngramConfig:
       a control, in training as in evaluation: `one_row`, the first row of each
       head, whatever the text; `shuffled`, those of another position of its
       batch (`shuffle_row_ids` with a fixed key), which no decoding can do.
+    compress: map token ids of equal text to one canonical id; False leaves
+      every token id its own.
+    gate: let the hidden state decide how much of the value to add; False adds
+      all of it (the gate is 1), and there are no keys.
+    per_stream_keys: a key projection for each stream's gate; False shares one.
+      The paper's ablation of the same purpose goes further: it applies a single
+      fusion to what the hyper-connections read from the streams. Here queries,
+      gains and gates stay the streams' own.
+    fusion: `gated`, Eq. 3 to 6; or `input_average`, OverEncoding's
+      (arXiv 2501.16975), a baseline: the vectors of all orders are averaged
+      with the input embedding (`fusion/over_encoding.py`). That takes block 0
+      alone, no convolution and no bias, and has neither gates nor keys.
   """
 
   hidden_size: int
@@ -132,12 +145,22 @@ class EngramConfig:
   dtype: str = "float32"
   smallest_order: int = _later(2)
   addressing: str = _later("ngrams")
+  compress: bool = _later(True)
+  gate: bool = _later(True)
+  per_stream_keys: bool = _later(True)
+  fusion: str = _later("gated")
 
   def __post_init__(self):
     require_numbers(self)
     require_positive(self, "hidden_size", "heads", "head_dim", "streams")
     require_positive(self, "smallest_order")
     require_one_of(self, "addressing", ADDRESSINGS)
+    require_one_of(self, "fusion", FUSIONS)
+    if self.fusion == "input_average":
+      needed = {"layers": (0,), "short_conv": False, "projection_bias": False}
+      for name, value in needed.items():
+        valid = f"{value} with fusion = input_average"
+        require(getattr(self, name) == value, name, getattr(self, name), valid)
     require_positive(self, "conv_kernel_size")
     require_positive(self, "query_norm_eps", "key_norm_eps", "conv_norm_eps")
     require_one_of(self, "dtype", DTYPES)
@@ -181,6 +204,17 @@ class EngramConfig:
   def memory_width(self) -> int:
     """K * d, width of the concatenated rows (the paper's d_mem)."""
     return self.columns * self.head_dim
+
+  @property
+  def has_gates(self) -> bool:
+    """Whether the hidden state decides how much of the memory is added."""
+    return self.gate and self.fusion == "gated"
+
+  @property
+  def outputs(self) -> int:
+    """Vectors of width D projected from the rows: keys, if any, and a value."""
+    keys = self.streams if self.per_stream_keys else 1
+    return 1 + keys * self.has_gates
 
   @property
   def dilation(self) -> int:
@@ -264,9 +298,8 @@ class MoEConfig:
     expert_size: hidden width of one expert's SwiGLU.
     dispatch: `dense` (plain: every expert sees every token; the oracle),
       `bucketed` (each expert takes at most a capacity; what is over is dropped
-      and counted), `dropless` (each expert sees its own tokens, all of them, by
-      `jax.lax.ragged_dot`: for accelerators, 20 times slower than `bucketed` on
-      CPU).
+      and counted), `dropless` (each expert sees its own tokens, all of them, in
+      sorted blocks on CPU, by `jax.lax.ragged_dot` elsewhere).
     capacity_factor: capacity of a bucket over the mean load; on a mesh both
       are of one device's tokens.
     balance_rate: γ, step of the loss-free balancing bias (arXiv 2408.15664).

@@ -62,9 +62,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
     raise InputError(prefix + error.field, error.value, error.valid) from None
 
 
-def without_later_defaults(
-  cls: type, values: Mapping[str, Any]
-) -> dict[str, Any]:
+def for_digest(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
   """What a digest of a config is made of, which new fields must not change.
 
   Args:
@@ -83,7 +81,7 @@ def without_later_defaults(
     if field.metadata.get("later") and value == field.default:
       continue
     if group is not None and value is not None:
-      value = without_later_defaults(group, value)
+      value = for_digest(group, value)
     kept[name] = value
   return kept
 

@@ -8,6 +8,7 @@ Exit statuses:
   130  interrupted by SIGINT, 143 by SIGTERM, as a shell reports them
 """
 
+import re
 import signal
 import sys
 import traceback
@@ -20,7 +21,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from engram_jax.config_dicts import from_dict, to_dict
-from engram_jax.errors import InputError, NonFiniteError, first_line
+from engram_jax.errors import (
+  InputError,
+  NonFiniteError,
+  first_line,
+  require,
+)
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.training import processes
 from engram_jax.training.divergence import DivergedError
@@ -87,6 +93,8 @@ class _ConfigFile(flags.ArgumentParser):
       open(path).close()
       config = self._parser.parse(argument)
       config.to_dict()  # of a file that is missing it is an error of its own
+      for given in sys.argv[1:]:
+        _require_field(config, given)
       return config
     except Exception as error:  # the file is a program: of any kind
       causes = [error]
@@ -106,6 +114,32 @@ class _ConfigFile(flags.ArgumentParser):
 
   def flag_type(self) -> str:
     return self._parser.flag_type()
+
+
+def _require_field(config: ml_collections.ConfigDict, given: str) -> None:
+  """Refuses an argument of the command line that overrides what is not there.
+
+  Args:
+    config: the file's config.
+    given: an argument; only those like `--config.model.x=1` are looked at.
+
+  Raises:
+    InputError: the config has no such field.
+  """
+  found = re.fullmatch(r"--?(no)?config\.([^=]+)=?(.*)", given, re.DOTALL)
+  if not found:
+    return
+  path, group = "config", config
+  for name in found[2].split("."):
+    name = name.partition("[")[0]  # of a tuple's entry
+    field = f"config.{found[2]}"
+    value = found[3] or "given"
+    valid = f"a field of a group of fields: {path} is {group!r}"
+    is_group = isinstance(group, ml_collections.ConfigDict)
+    require(is_group, field, value, valid)
+    valid = f"a field of {path}: {', '.join(sorted(group))}"
+    require(name in group, field, value, valid)
+    path, group = f"{path}.{name}", group[name]
 
 
 def define_processes() -> Callable[[], None]:

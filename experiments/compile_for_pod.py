@@ -10,8 +10,9 @@ The whole step: sharded state, optimizers, donated buffers, rows exchanged
 between chips. Nothing runs and nothing is allocated. libtpu (`pip install
 libtpu`) compiles for TPUs on any Linux machine; `--topology=cpu:8` is for as
 many simulated CPU devices. The program says what each chip holds, whether that
-fits and what is to blame if not, what travels between chips, how long XLA
-thinks the step takes, and which operations take most of it.
+fits and what is to blame if not, what travels between chips, how long it took
+to compile, how long XLA thinks the step takes, and which operations take most
+of it.
 
 What the estimates are not: measurements. The first is the sum over operations
 of their time at the chip's peak rates; the second that of the cycles that the
@@ -19,99 +20,44 @@ compiler reckoned with. Links between chips are in neither: the bytes that they
 carry are given beside them. `engram_jax/analysis/estimates.py` says more.
 """
 
-import contextlib
+import collections
 import dataclasses
 import importlib.metadata
 import math
-import os
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
-from absl import flags
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from engram_jax import progress, sharding
 from engram_jax.analysis import compiled as analysis
+from engram_jax.analysis import hlo
 from engram_jax.analysis.accounting import count_parameters_by_part
+from engram_jax.analysis.ahead_of_time import compile_for, hbm_gib, tpu_devices
 from engram_jax.analysis.estimates import RATES
 from engram_jax.config_dicts import to_dict
 from engram_jax.errors import InputError, require
-from engram_jax.run_config import ExperimentConfig, MeshConfig
-from engram_jax.training.setup import TrainSetup
+from engram_jax.run_config import ExperimentConfig
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
-from experiments import cli, pod_report
-from experiments.benchmarks import models
+from experiments import pod_report
+from experiments.benchmarks import harness, models
 from experiments.configs.preset import chosen, experiment_of
-from experiments.results import require_place, write_result
 
-_FLAGS = cli.flag_values(__name__)
-_CONFIG = cli.define_config(_FLAGS)
-_PRESET = flags.DEFINE_string(
-  "preset",
-  None,
-  "Instead of --config: a model of engram_jax/presets.py.",
-  flag_values=_FLAGS,
-)
-_TOPOLOGY = flags.DEFINE_string(
-  "topology",
-  None,
-  "A TPU slice, e.g. v5p:4x4x8 or v6e:16x16; or cpu:N.",
-  flag_values=_FLAGS,
-)
-_OUT = flags.DEFINE_string(
-  "out", None, "JSON file for the result.", flag_values=_FLAGS
-)
-_WITHOUT = flags.DEFINE_bool(
-  "without_memory",
-  False,
-  "Compile the same model without a memory too.",
-  flag_values=_FLAGS,
-)
-_COMPARE = flags.DEFINE_string(
-  "compare_with",
-  None,
-  "Compile this preset too, at equal chips and batch.",
-  flag_values=_FLAGS,
-)
-_PER_CHIP = flags.DEFINE_integer(
-  "batch_per_chip",
-  None,
-  "Sequences of one step on one chip.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_ACCUMULATION = flags.DEFINE_integer(
-  "accumulation",
-  None,
-  "Microbatches of one step; 1 with --batch_per_chip, else the config's.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-flags.mark_flag_as_required("topology", flag_values=_FLAGS)
-
-#: Memory of one chip in GiB, by Google's pages of the TPU generations. The
-#: compiler itself leaves some hundred MiB of it to the runtime.
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-
-#: For libtpu where there is no TPU: not to look for one, and not to complain
-#: that it knows of none; several processes may compile at a time; and errors
-#: are logged, for the list of what fills a memory that is too small. The
-#: topology compiled for is an argument, and does not come from here.
-ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5p-8",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_STDERR_LOG_LEVEL": "2",
+FLAGS = {
+  "topology": (None, "A TPU slice, e.g. v5p:4x4x8 or v6e:16x16; or cpu:N."),
+  "preset": (None, "Instead of --config: a model of engram_jax/presets.py."),
+  "without_memory": (False, "Compile the same model without a memory too."),
+  "compare_with": (None, "Compile this preset too, at equal chips and batch."),
+  "batch_per_chip": (0, "Sequences of a step on a chip; 0: as configured."),
+  "accumulation": (
+    0,
+    "Microbatches; 0 for 1 with --batch_per_chip, else as configured.",
+  ),
 }
-
 #: Arrays and collectives named one by one.
 LISTED = 5
 #: Operations named one by one.
@@ -127,56 +73,32 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
   Raises:
     InputError: a topology that there is not, or libtpu is missing.
   """
+  if not jax.config.jax_platforms:
+    # The device compiled for is not one that runs here.
+    jax.config.update("jax_platforms", "cpu")
   generation, _, size = topology.partition(":")
-  known = [f"{name}:SHAPE" for name in HBM_GIB]
-  valid = f"cpu:N, or one of {', '.join(known)}, e.g. v5p:4x4x8"
-  require(generation in ("cpu", *HBM_GIB) and size, "topology", topology, valid)
-  if generation == "cpu":
-    # More than four digits: threads and memory of a machine run out before.
-    ok = size.isdecimal() and len(size) < 5 and int(size) > 1
-    require(ok, "topology", topology, "cpu:N with N of 2 to 9999")
-    jax.config.update("jax_num_cpu_devices", int(size))
-    return jax.devices("cpu")
-  try:
-    importlib.metadata.version("libtpu")
-  except importlib.metadata.PackageNotFoundError:
-    valid = "cpu:N; for a TPU `pip install libtpu`, which compiles for it"
-    raise InputError("topology", f"{topology} without libtpu", valid) from None
-  for name, value in ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
-  try:
-    return topologies.get_topology_desc(
-      platform="tpu", topology_name=topology
-    ).devices
-  except jax.errors.JaxRuntimeError as error:
-    valid = f"a whole slice of {generation} ({_first_line(error)})"
-    raise InputError("topology", topology, valid) from None
+  if generation != "cpu":
+    try:
+      return tpu_devices(topology)
+    except InputError as error:
+      valid = f"cpu:N, or {error.valid}"
+      raise InputError(error.field, error.value, valid) from None
+  # More than four digits: threads and memory of a machine run out before.
+  ok = size.isdecimal() and len(size) < 5 and int(size) > 1
+  require(ok, "topology", topology, "cpu:N with N of 2 to 9999")
+  jax.config.update("jax_num_cpu_devices", int(size))
+  return jax.devices("cpu")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-  """`sharding.make_mesh` for two devices or more."""
-  mesh = sharding.make_mesh(config, devices=devices)
+def make_mesh(config: ExperimentConfig, devices: Sequence[jax.Device]) -> Mesh:
+  """The run's mesh over two devices or more."""
+  mesh = sharding.make_mesh(config.mesh, devices=devices)
   require(mesh is not None, "topology", "one device", "two devices or more")
+  sharding.require_fit(config, mesh)
   return mesh
 
 
 # --- the step ---
-
-
-def make_setup(config: ExperimentConfig, mesh: Mesh | None) -> TrainSetup:
-  """The training program; its hash is over raw token ids, without tokenizer."""
-  return models.make_setup(
-    config.model, config.train, mesh=mesh, mesh_config=config.mesh
-  )
-
-
-def abstract_batch(config: ExperimentConfig, mesh: Mesh) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a batch."""
-  return models.abstract_batch(
-    config.train.batch_size,
-    config.train.seq_len,
-    placed=sharding.batch_sharding(mesh),
-  )
 
 
 def bytes_per_device(leaf: Any) -> int:
@@ -187,90 +109,93 @@ def bytes_per_device(leaf: Any) -> int:
 
 def compile_step(
   config: ExperimentConfig, mesh: Mesh, *, generation: str
-) -> dict[str, Any]:
+) -> harness.Figures:
   """Compiles the step and reads off what it says.
 
   Args:
     config: the run.
     mesh: mesh of the devices to compile for.
-    generation: TPU generation, a key of `HBM_GIB`, or `cpu`.
+    generation: TPU generation, or `cpu`.
 
   Returns:
     The figures, ready for JSON. `fits` is the compiler's own word, with
     `refusal` in its words; a program that it refuses has no figures beyond the
     arguments and its `largest_temporaries`.
   """
-  platform = "cpu" if generation == "cpu" else "tpu"
-  setup = make_setup(config, mesh)
-  state, batch = setup.abstract_state(), abstract_batch(config, mesh)
-  capacity = setup.lookup_capacity(batch).rows
-  leaves = {
-    name: bytes_per_device(leaf)
-    for name, leaf in flatten(state).items()
-    if leaf.size
-  }
-  parts: dict[str, int] = {}
-  for name, size in leaves.items():
-    part = name.split("/")[0]
-    parts[part] = parts.get(part, 0) + size
-  parameters = count_parameters_by_part(
-    config.model, setup.memory and setup.memory.hashing
+  model, train = config.model, config.train
+  # The hash is over raw token ids, without a tokenizer.
+  setup = models.make_setup(model, train, mesh=mesh, mesh_config=config.mesh)
+  state = setup.abstract_state()
+  batch = models.abstract_batch(
+    train.batch_size, train.seq_len, placed=sharding.batch_sharding(mesh)
   )
-  sequences = config.train.batch_size / mesh.size
+  capacity = setup.lookup_capacity(batch).rows
+  arrays = flatten(state).items()
+  leaves = {name: bytes_per_device(leaf) for name, leaf in arrays if leaf.size}
+  parts: collections.Counter[str] = collections.Counter()
+  for name, size in leaves.items():
+    parts[name.split("/")[0]] += size
+  largest = sorted(leaves.items(), key=lambda item: -item[1])[:LISTED]
+  hashing = setup.memory and setup.memory.hashing
+  parameters = count_parameters_by_part(model, hashing)
+  sequences = train.batch_size / mesh.size
   result = {
+    "mesh": dict(mesh.shape),
     "sequences": sequences,
-    "tokens": sequences * config.train.seq_len,
-    "accumulation": config.train.accumulation,
-    "parameters": {
-      name: parameters[name] for name in ("total", "tables", "activated")
-    },
-    "state_bytes": parts,
-    "largest_arrays": dict(
-      sorted(leaves.items(), key=lambda item: -item[1])[:LISTED]
-    ),
+    "tokens": sequences * train.seq_len,
+    "accumulation": train.accumulation,
+    "parameters": {k: parameters[k] for k in ("total", "tables", "activated")},
+    "state_bytes": dict(parts),
+    "largest_arrays": dict(largest),
     "lookup_capacity": capacity,
   }
-
   held = progress.size(sum(leaves.values()))
   progress.say(
     f"{parameters['total']:,} parameters, {held} of state on each device"
   )
   step = make_train_step(setup, capacity=capacity)
-  lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
-  start = time.perf_counter()
-  try:
-    with _log() as log:
-      executable = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      print("".join(log), file=sys.stderr)
-      raise
-    buffers = analysis.largest_temporaries("".join(log))
-    return {
-      **result,
-      "fits": False,
-      "refusal": _first_line(error),
-      "largest_temporaries": buffers[:LISTED],
-    }
-  seconds = time.perf_counter() - start
-  listing = executable.as_text()
-  sent, rates = analysis.collectives(listing), RATES.get(generation)
+  platform = "cpu" if generation == "cpu" else "tpu"
+  executable, about = compile_for(platform, step, state, batch)
+  result |= about
+  if executable is None:
+    return result
+  shapes = {table.shape for table in state.tables.values()}
   turns = attention_turns(config)
+  return result | figures(executable, shapes, mesh.size, generation, turns)
 
-  def of_tables(records):
-    tables = [table.shape for table in state.tables.values()]
-    return [
-      _named(record)
-      for rows, width in dict.fromkeys(tables)
-      for record in analysis.of_table(
-        records, rows=rows, width=width, devices=mesh.size
-      )
-    ]
 
+def figures(
+  executable: jax.stages.Compiled,
+  tables: set[tuple[int, int]],
+  devices: int,
+  generation: str,
+  turns: int,
+) -> harness.Figures:
+  """What a compiled step holds, computes and sends, ready for JSON.
+
+  Args:
+    executable: the compiled step.
+    tables: shapes of the tables, shared by so many `devices`.
+    generation: TPU generation, or `cpu`.
+    turns: from `attention_turns`.
+  """
+  listing, rates = executable.as_text(), RATES.get(generation)
+  sent, copied = analysis.collectives(listing), analysis.copies(listing)
+
+  def named(record: analysis.Movement) -> harness.Figures:
+    # Of the arrays that XLA joined, the largest and their number.
+    return record._asdict() | {"arrays": len(record.arrays)}
+
+  def of_tables(records: Sequence[analysis.Movement]) -> list[harness.Figures]:
+    found = (
+      analysis.of_table(records, rows=rows, width=width, devices=devices)
+      for rows, width in sorted(tables)
+    )
+    return [named(record) for of_one in found for record in of_one]
+
+  computations = hlo.parse(listing).computations.values()
   return {
-    **result,
-    "fits": True,
-    "compile_seconds": seconds,
+    "instructions": sum(map(len, computations)),
     "memory": analysis.memory_report(executable),
     "cost": analysis.cost(listing, rates, unknown_turns=turns),
     "unknown_turns": turns,
@@ -281,10 +206,10 @@ def compile_step(
       "operations": analysis.collective_counts(sent),
       "in_loops": sum(record.count for record in sent if record.in_loop),
       "executions": sum(record.times for record in sent),
-      "largest": [_named(record) for record in sent[:LISTED]],
+      "largest": [named(record) for record in sent[:LISTED]],
       "of_tables": of_tables(sent),
     },
-    "copies_of_tables": of_tables(analysis.copies(listing)),
+    "copies_of_tables": of_tables(copied),
   }
 
 
@@ -294,77 +219,31 @@ def attention_turns(config: ExperimentConfig) -> int:
   How often the loops turn whose end depends on the data: attention's alone.
   """
   block = config.model.attention.block_size
-  if not block:
-    return 1
-  blocks = -(-config.train.seq_len // block)
-  return (blocks + 2) // 2
+  blocks = -(-config.train.seq_len // block) if block else 1
+  return (blocks + 2) // 2 if block else 1
 
 
-def _named(record: analysis.Movement) -> dict[str, Any]:
-  """For JSON; of the arrays that XLA joined, the largest and their number."""
-  record = record._asdict()
-  return {**record, "arrays": len(record["arrays"])}
-
-
-@contextlib.contextmanager
-def _log() -> Iterator[list[str]]:
-  """Collects what the compiler writes to standard error meanwhile.
-
-  libtpu lists what fills a memory in its log alone.
-  """
-  lines: list[str] = []
-  with tempfile.TemporaryFile() as file:
-    saved = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-      yield lines
-    finally:
-      os.dup2(saved, 2)
-      os.close(saved)
-      file.seek(0)
-      lines += file.read().decode(errors="replace").splitlines(keepends=True)
-
-
-@contextlib.contextmanager
-def _own_stderr() -> Iterator[None]:
-  """Standard error, which stays it while `_log` collects the compiler's."""
-  with open(os.dup(2), "w") as out, contextlib.redirect_stderr(out):
-    yield
-
-
-def _first_line(error: Exception) -> str:
-  return " ".join(str(error).split("\n", 1)[0].split())
-
-
-# --- the programs ---
+# --- the runs to compile ---
 
 
 def with_batch(
   config: ExperimentConfig,
   devices: int,
   *,
-  per_chip: int | None = None,
-  accumulation: int | None = None,
+  per_chip: int = 0,
+  accumulation: int = 0,
 ) -> ExperimentConfig:
-  """The run with another batch.
-
-  Args:
-    config: the run.
-    devices: chips that share a batch.
-    per_chip: sequences of one chip in one step; None for the config's batch.
-    accumulation: microbatches; None for 1 if `per_chip` is given, else the
-      config's.
-  """
+  """The run with another batch; arguments as the flags, on so many devices."""
   changes = {}
-  if per_chip is not None:
+  if per_chip:
     changes = {"batch_size": per_chip * devices, "accumulation": 1}
-  if accumulation is not None:
+  if accumulation:
     changes["accumulation"] = accumulation
   train = dataclasses.replace(config.train, **changes)
   return dataclasses.replace(config, train=train)
 
 
-def without_memory(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
+def with_and_without(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
   """The run with and without its memory."""
   valid = "a memory: without_memory compares with and without"
   require(config.model.engram is not None, "model.engram", None, valid)
@@ -386,28 +265,24 @@ def compared_with(
   return {name: config, other: dataclasses.replace(second, train=train)}
 
 
-def measure(
+def compile_runs(
   configs: Mapping[str, ExperimentConfig],
   topology: str,
   devices: Sequence[jax.Device],
-) -> dict[str, Any]:
+) -> harness.Figures:
   """Compiles each run for `topology`; of two, how they compare."""
   generation = topology.partition(":")[0]
-  meshes = {n: make_mesh(c.mesh, devices) for n, c in configs.items()}
-  for name, config in configs.items():
-    sharding.require_fit(config, meshes[name])
+  meshes = {name: make_mesh(c, devices) for name, c in configs.items()}
   programs = {}
   for name, config in configs.items():
-    mesh = meshes[name]
     what = f"compiling {name} for {len(devices)} devices of {topology}"
-    with _own_stderr(), progress.waiting(what):
-      compiled = compile_step(config, mesh, generation=generation)
-    programs[name] = {"mesh": dict(mesh.shape)} | compiled
+    with progress.waiting(what):
+      programs[name] = compile_step(config, meshes[name], generation=generation)
   result = {
     "topology": topology,
     "device_kind": devices[0].device_kind,
     "devices": len(devices),
-    "hbm_gib": HBM_GIB.get(generation),
+    "hbm_gib": hbm_gib(topology),
     "libtpu": generation != "cpu" and importlib.metadata.version("libtpu"),
     "configs": {name: to_dict(config) for name, config in configs.items()},
     "programs": programs,
@@ -419,38 +294,39 @@ def measure(
   return result
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
-  if not jax.config.jax_platforms:
-    # The device compiled for is not one that runs here.
-    jax.config.update("jax_platforms", "cpu")
-  config, name = _CONFIG.value, _PRESET.value
+def measure(
+  *,
+  configured: ml_collections.ConfigDict | None,
+  topology: str,
+  preset: str | None,
+  without_memory: bool,
+  compare_with: str | None,
+  batch_per_chip: int,
+  accumulation: int,
+) -> harness.Figures:
+  """Compiles what is asked for; arguments as the flags."""
   valid = "one of --compare_with and --without_memory, or neither"
-  both = _WITHOUT.value and _COMPARE.value
-  require(not both, "compare_with", _COMPARE.value, valid)
-  if _OUT.value:
-    require_place(_OUT.value)
-  devices = devices_of(_TOPOLOGY.value)
-  config = chosen(name, config)
+  both = without_memory and compare_with
+  require(not both, "compare_with", compare_with, valid)
+  devices = devices_of(topology)
   config = with_batch(
-    config,
+    chosen(preset, configured),
     len(devices),
-    per_chip=_PER_CHIP.value,
-    accumulation=_ACCUMULATION.value,
+    per_chip=batch_per_chip,
+    accumulation=accumulation,
   )
-  name = name or "as configured"
-  if _WITHOUT.value:
-    configs = without_memory(config)
-  elif _COMPARE.value:
-    configs = compared_with(config, name, _COMPARE.value)
-  else:
-    configs = {name: config}
-  result = measure(configs, _TOPOLOGY.value, devices)
-  print(f"\n{pod_report.text(result)}")
-  if _OUT.value:
-    write_result(_OUT.value, result)
-    print(f"written to {_OUT.value}")
+  name = preset or "as configured"
+  configs = {name: config}
+  if without_memory:
+    configs = with_and_without(config)
+  elif compare_with:
+    configs = compared_with(config, name, compare_with)
+  return compile_runs(configs, topology, devices)
 
+
+BENCHMARK = harness.Benchmark(
+  measure, pod_report.tables, FLAGS, required=("topology",), configured=True
+)
 
 if __name__ == "__main__":
-  cli.run(main)
+  harness.run(BENCHMARK)

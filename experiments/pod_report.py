@@ -10,7 +10,7 @@ from experiments.benchmarks.harness import GIB, MIB, aligned
 SHOWN = 6
 
 
-def text(result: Mapping[str, Any]) -> str:
+def tables(result: Mapping[str, Any]) -> list[str]:
   """The result for the terminal."""
   programs = result["programs"]
   rows: list[list[Any]] = []
@@ -42,11 +42,13 @@ def text(result: Mapping[str, Any]) -> str:
   add("estimate at peak rates, ms", "cost", "optimal_seconds", unit=1e-3)
   add("the compiler's cycles, ms", "cost", "compiler_seconds", unit=1e-3)
   add("  not in them, at peak, ms", "cost", "unpriced_seconds", unit=1e-3)
-  add("compilation, s", "compile_seconds")
+  for step in ("trace", "lower", "compile"):
+    add(f"to {step}, s", f"{step}_seconds")
+  add("instructions", "instructions")
   head = f"{result['topology']}: {result['devices']} devices"
-  lines = [head, "", aligned(["per device", *programs], rows)]
+  texts = [head, aligned(["per device", *programs], rows)]
   for name, program in programs.items():
-    lines += ["", *_verdict(name, program, result["hbm_gib"])]
+    texts.append("\n".join(_verdict(name, program, result["hbm_gib"])))
   names = " over ".join(programs)
   for key, what in (
     ("optimal_seconds", "estimate at peak rates"),
@@ -54,8 +56,8 @@ def text(result: Mapping[str, Any]) -> str:
   ):
     ratio = result.get(f"{key}_ratio")
     if ratio:
-      lines += ["", f"{what}, {names}: {ratio:.3f}"]
-  return "\n".join(lines)
+      texts.append(f"{what}, {names}: {ratio:.3f}")
+  return texts
 
 
 def _verdict(

@@ -233,6 +233,7 @@ def test_from_dict_path():
 
 POSITIVE = {
   EngramConfig: "hidden_size heads head_dim streams conv_kernel_size "
+  "smallest_order "
   "query_norm_eps key_norm_eps conv_norm_eps",
   AttentionConfig: "num_heads nope_dim rope_dim value_dim kv_rank rope_theta",
   YarnConfig: "scale original_length slow_turns fast_turns temperature",

@@ -107,12 +107,12 @@ def count_parameters_by_part(
   if memory is not None:
     layers = len(memory.layers)
     shared = memory.memory_width + memory.projection_bias
-    parts["engram_projections"] = layers * shared * (memory.streams + 1) * size
-    gains = 2
+    parts["engram_projections"] = layers * shared * memory.outputs * size
+    gains = 2 * memory.has_gates
     if memory.short_conv:
       taps = memory.conv_kernel_size
       parts["engram_conv"] = layers * taps * memory.streams * size
-      gains = 3
+      gains += 1
     parts["norms"] += layers * gains * memory.streams * size
     parts["tables"] = sum(hashing.num_rows.values()) * memory.head_dim
     rows_activated = layers * memory.memory_width

@@ -76,7 +76,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, int]:
     once = 2 * streams * size * mixes + 2 * size * mixes
     flops["hyper_connections"] = 2 * config.num_layers * once
   if memory is not None:
-    kernel = memory.memory_width * (memory.streams + 1) * size
+    kernel = memory.memory_width * memory.outputs * size
     flops["engram"] = 2 * len(memory.layers) * kernel
   flops["head"] = 2 * config.vocab_size * size
 
@@ -153,7 +153,7 @@ def _muon_parameters(config: ModelConfig, parts: dict[str, int]) -> int:
     kernel = streams * config.hidden_size * streams * (streams + 2)
     matrices += 2 * config.num_layers * kernel
   if memory is not None:
-    kernel = memory.memory_width * (memory.streams + 1) * config.hidden_size
+    kernel = memory.memory_width * memory.outputs * config.hidden_size
     matrices += len(memory.layers) * kernel
   return matrices
 

@@ -156,35 +156,6 @@ def heads_of_latent(
   return query, key, value
 
 
-def latent_attention_full(
-  query_nope: Float[Array, "B L heads N"],
-  query_rope: Float[Array, "B L heads P"],
-  latent: Float[Array, "B S C"],
-  rope_key: Float[Array, "B S P"],
-  key_up: Float[Array, "C heads N"],
-  value_up: Float[Array, "C heads W"],
-  mask: Bool[Array, "#B L S"],
-  *,
-  scale: float,
-) -> Float[Array, "B L heads W"]:
-  """Attention over keys and values that are made for every head.
-
-  Args:
-    query_nope: [B, L, heads, N], the part of the queries without positions.
-    query_rope: [B, L, heads, P], the rotated part.
-    latent: [B, S, C].
-    rope_key: [B, S, P], the rotated key that all heads share.
-    key_up: [C, heads, N], from latents to keys.
-    value_up: [C, heads, W], from latents to values.
-    mask: bool [B or 1, L, S], True where a query may see a key.
-    scale: factor on the scores.
-  """
-  operands = heads_of_latent(
-    query_nope, query_rope, latent, rope_key, key_up, value_up
-  )
-  return core_attention(*operands, mask, scale=scale)
-
-
 def latent_attention_absorbed(
   query_nope: Float[Array, "B L heads N"],
   query_rope: Float[Array, "B L heads P"],
@@ -196,7 +167,9 @@ def latent_attention_absorbed(
   *,
   scale: float,
 ) -> Float[Array, "B L heads W"]:
-  """`latent_attention_full` without keys or values of the single heads.
+  """Attention without keys or values of the single heads.
+
+  The same as `core_attention(*heads_of_latent(...), mask, scale=scale)`.
 
   Scores cost `heads * (C + P)` per pair of tokens instead of `heads * Q`, but
   nothing of size `S * heads` is made: right for a few queries on a long cache.
@@ -412,7 +385,7 @@ class LatentAttention(nnx.Module):
       )
     elif cache is None:
       mask = causal_mask(length, segments)
-      mixed = latent_attention_full(*operands, mask, scale=scale)
+      mixed = core_attention(*heads_of_latent(*operands), mask, scale=scale)
     else:
       mask = jnp.arange(latent.shape[1]) <= last_key[:, :, None]
       mixed = latent_attention_absorbed(*operands, mask, scale=scale)

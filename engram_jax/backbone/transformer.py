@@ -20,8 +20,8 @@ Here a pass goes over whole sequences. Decoding has a loop of its own over the
 same blocks, with caches: `decoding/forward.py`.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,11 @@ from engram_jax.backbone.moe import MoE, MoEMetrics
 from engram_jax.config import ModelConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, Fusion
+from engram_jax.fusion.over_encoding import OverEncoding
 from engram_jax.memory.breaks import require_breaks
 from engram_jax.types import Break, Breaks, Gates, Hidden, Rows, TokenIds
+
+_FUSIONS = {"gated": Engram, "input_average": OverEncoding}
 
 
 class Context(NamedTuple):
@@ -89,12 +92,15 @@ class ModelOutput(NamedTuple):
     moe: statistics of the blocks with experts, stacked: [n, E] and [n]; None
       without.
     gates: float32 [B, L, G] per Engram layer; empty when the memory is off.
+    observed: what `observe` returned, with an axis of all blocks in front; None
+      if it was not given.
   """
 
   logits: Float[Array, "B L V"] | None
   hidden: Float[Array, "B L D"]
   moe: MoEMetrics | None
   gates: dict[int, Gates]
+  observed: Any = None
 
 
 def document_layout(
@@ -227,7 +233,7 @@ class Transformer(nnx.Module):
     layers = () if memory is None else memory.layers
     own = [jax.random.fold_in(keys[layer], 1) for layer in layers]
     self.engrams = nnx.List(
-      [Engram(memory, rngs=nnx.Rngs(params=key)) for key in own]
+      [_FUSIONS[memory.fusion](memory, rngs=nnx.Rngs(params=x)) for x in own]
     )
     self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
     tied = config.tie_embeddings
@@ -274,6 +280,7 @@ class Transformer(nnx.Module):
     breaks: Breaks | None = None,
     dispatch: str | None = None,
     logits: bool = True,
+    observe: Callable[[Hidden], Any] | None = None,
   ) -> ModelOutput:
     """Logits of the next token at every position.
 
@@ -286,6 +293,8 @@ class Transformer(nnx.Module):
       dispatch: form of expert dispatch; None for the config's.
       logits: False for none at all: a loss in chunks makes them of `hidden`
         and `output_matrix` itself.
+      observe: called with the residual streams [B, L, G, D] after each block;
+        returns arrays, which are stacked in `observed`.
 
     Raises:
       InputError: rows of other layers than the model's, a wrong shape, or
@@ -302,20 +311,22 @@ class Transformer(nnx.Module):
       layout = document_layout(breaks)
     context = Context(*layout, dispatch)
 
-    streams, moe, gates = self.embed(token_ids), [], {}
+    streams, records, gates = self.embed(token_ids), [], {}
     for group in layer_groups(self.config):
       if group.engram is not None and rows is not None:
         layer = self.config.engram.layers[group.engram]
         fused = self._fuse(group.engram, streams, rows[layer], breaks)
         streams, gates[layer] = streams + fused.update, fused.gates
-      streams, metrics = self._blocks(group, streams, context)
-      moe += metrics
+      streams, of_group = self._blocks(group, streams, context, observe)
+      records += of_group
     hidden = self.unembed(streams)
+    moe, observed = (_joined(parts) for parts in zip(*records))
     return ModelOutput(
       logits=self.logits(hidden) if logits else None,
       hidden=hidden,
-      moe=jax.tree.map(lambda *x: jnp.concatenate(x), *moe) if moe else None,
+      moe=moe,
       gates=gates,
+      observed=observed,
     )
 
   def _fuse(
@@ -332,29 +343,35 @@ class Transformer(nnx.Module):
     return self._rematerialized(fuse)(weights, streams, rows)
 
   def _blocks(
-    self, group: LayerGroup, streams: Hidden, context: Context
-  ) -> tuple[Hidden, list[MoEMetrics]]:
-    """The streams after the blocks of a group, and its metrics, stacked."""
+    self,
+    group: LayerGroup,
+    streams: Hidden,
+    context: Context,
+    observe: Callable[[Hidden], Any] | None,
+  ) -> tuple[Hidden, list[tuple[MoEMetrics | None, Any]]]:
+    """The streams after the blocks of a group; metrics and observations.
+
+    Their first axis is one of blocks.
+    """
     graph, stack = nnx.split(getattr(self, group.kind))
     dtype = self.config.dtype
 
     def block(streams, weights):
       weights = sharding.for_compute(weights, dtype=dtype)
       streams, _, metrics = nnx.merge(graph, weights)(streams, context)
-      return streams, metrics
+      return streams, (metrics, observe and observe(streams))
 
     block = self._rematerialized(block)
     if self.config.scan_blocks:
       weights = _at(stack, slice(group.start, group.stop))
-      streams, metrics = jax.lax.scan(block, streams, weights)
-      return streams, [] if metrics is None else [metrics]
+      streams, record = jax.lax.scan(block, streams, weights)
+      return streams, [record]
 
-    found = []
+    records = []
     for i in range(group.start, group.stop):
-      streams, metrics = block(streams, _at(stack, i))
-      if metrics is not None:
-        found.append(_at(metrics, None))
-    return streams, found
+      streams, record = block(streams, _at(stack, i))
+      records.append(_at(record, None))
+    return streams, records
 
   def _rematerialized(self, function):
     """The function with the config's choice of what its gradient keeps."""
@@ -373,6 +390,12 @@ class Transformer(nnx.Module):
 def _at(tree, index):
   """Each array of the tree at `index`."""
   return jax.tree.map(lambda x: x[index], tree)
+
+
+def _joined(parts):
+  """The trees as one along their first axis; None if all of them are."""
+  parts = [part for part in parts if part is not None]
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts else None
 
 
 def require_rows_of(

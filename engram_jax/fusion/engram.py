@@ -8,7 +8,9 @@ With e_t the concatenated rows of position t, per residual stream g (Eq. 3-6):
   Y^g = SiLU(conv(RMSNorm(u^g))) + u^g
   H <- H + Y                      by the caller, before its attention
 
-W_K^1 ... W_K^G and W_V are one array, `projection`, and one product.
+W_K^1 ... W_K^G and W_V are one array, `projection`, and one product. Without
+`per_stream_keys` there is one W_K for all streams, without a gate none: alpha
+is 1.
 `fuse` is the mathematics; `Engram` holds its parameters for flax.nnx, and
 `engram_jax.linen.Engram` for flax.linen. Neither ever sees the table.
 
@@ -37,18 +39,19 @@ class EngramParams(NamedTuple):
   """Arrays of one Engram layer, float32; None where an option is off.
 
   Attributes:
-    projection: [M, G + 1, D], the streams' W_K, then W_V.
+    projection: [M, O, D], the streams' W_K, then W_V: O is G + 1; 2 with one
+      W_K for all streams, 1 without a gate.
     key_scale: [G, D], gain of the key's norm.
     query_scale: [G, D], gain of the hidden state's norm.
-    projection_bias: [G + 1, D], in the same order.
+    projection_bias: [O, D], in the same order.
     conv_scale: [G, D], gain of the norm before the convolution.
     conv_kernel: [taps, G, D]; tap `taps - 1` is the present.
   """
 
-  projection: Float[Array, "M G+1 D"]
-  key_scale: Float[Array, "G D"]
-  query_scale: Float[Array, "G D"]
-  projection_bias: Float[Array, "G+1 D"] | None = None
+  projection: Float[Array, "M O D"]
+  key_scale: Float[Array, "G D"] | None = None
+  query_scale: Float[Array, "G D"] | None = None
+  projection_bias: Float[Array, "O D"] | None = None
   conv_scale: Float[Array, "G D"] | None = None
   conv_kernel: Float[Array, "taps G D"] | None = None
 
@@ -69,15 +72,19 @@ class Fusion(NamedTuple):
 
 
 def param_shapes(config: EngramConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of the `EngramParams` that `config` has, by name."""
-  memory, (g, d) = config.memory_width, (config.streams, config.hidden_size)
-  shapes = {
-    "projection": (memory, g + 1, d),
-    "key_scale": (g, d),
-    "query_scale": (g, d),
-  }
+  """Shapes of the `EngramParams` that `config` has, by name.
+
+  Raises:
+    InputError: a config of another fusion.
+  """
+  valid = "gated (input_average: fusion.over_encoding, for flax.nnx)"
+  require(config.fusion == "gated", "fusion", config.fusion, valid)
+  g, d, outputs = config.streams, config.hidden_size, config.outputs
+  shapes = {"projection": (config.memory_width, outputs, d)}
+  if config.has_gates:
+    shapes |= {"key_scale": (g, d), "query_scale": (g, d)}
   if config.projection_bias:
-    shapes["projection_bias"] = (g + 1, d)
+    shapes["projection_bias"] = (outputs, d)
   if config.short_conv:
     shapes |= {
       "conv_scale": (g, d),
@@ -137,7 +144,8 @@ def fuse(
 
   Args:
     params: the layer's arrays. Without `conv_kernel` there is no convolution,
-      without biases the projections are linear.
+      without biases the projections are linear, without `query_scale` every
+      gate is 1.
     hidden: [B, L, G, D], the residual streams; any float dtype. A model of one
       stream may give [B, L, D].
     rows: [B, L, K, d], what `lookup` read; any float dtype.
@@ -163,7 +171,9 @@ def fuse(
     hidden = hidden[:, :, None]
   width = rows.shape[-2] * rows.shape[-1]
   memory, outputs, size = params.projection.shape
-  streams = outputs - 1
+  per_stream = (params.query_scale, params.conv_scale)
+  sizes = [len(x) for x in per_stream if x is not None]
+  streams = sizes[0] if sizes else hidden.shape[2]
   valid = f"K * d = {memory}, the projections' input"
   require(width == memory, "rows", rows.shape, valid)
   valid = f"shape [B, L, {streams}, {size}]"
@@ -176,17 +186,20 @@ def fuse(
   projected = jnp.einsum("blm,mgd->blgd", entry, weights)
   if params.projection_bias is not None:
     projected = projected + params.projection_bias.astype(dtype)
-  keys, value = jnp.split(projected, [streams], axis=2)
+  keys, value = jnp.split(projected, [outputs - 1], axis=2)
 
-  scores = gate_scores(
-    hidden,
-    keys,
-    params.query_scale,
-    params.key_scale,
-    query_eps=query_eps,
-    key_eps=key_eps,
-  )
-  gates = gate_values(scores, signed_sqrt=signed_sqrt)
+  if params.query_scale is None:
+    gates = jnp.ones_like(hidden[..., 0], jnp.float32)
+  else:
+    scores = gate_scores(
+      hidden,
+      jnp.broadcast_to(keys, hidden.shape),  # one key may serve all streams
+      params.query_scale,
+      params.key_scale,
+      query_eps=query_eps,
+      key_eps=key_eps,
+    )
+    gates = gate_values(scores, signed_sqrt=signed_sqrt)
   if breaks is not None:
     require_breaks(breaks)
     is_text = (breaks != Break.NON_TEXT)[..., None]

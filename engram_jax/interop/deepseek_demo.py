@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Float32
 from engram_jax.config import EngramConfig
 from engram_jax.errors import require
 from engram_jax.fusion.engram import Engram, EngramParams
-from engram_jax.interop.modules import engram_of
+from engram_jax.interop.modules import engram_of, require_released_options
 from engram_jax.memory.hashing import NgramHash
 
 #: The demo's own sizes. Its RMSNorms in the gate have PyTorch's default eps.
@@ -171,9 +171,7 @@ def _head_offsets(config: EngramConfig, layer: int) -> np.ndarray:
   """int64 [K], and that the demo could be this layer of `config`."""
   for name in ("projection_bias", "short_conv", "signed_sqrt"):
     require(getattr(config, name), name, False, "True: the demo has it")
-  for name, value in {"smallest_order": 2, "addressing": "ngrams"}.items():
-    found = getattr(config, name)
-    require(found == value, name, found, f"{value}, as in the demo")
+  require_released_options(config)
   same = config.dilation == config.max_order
   valid = f"{config.max_order}, the largest n-gram order"
   require(same, "conv_dilation", config.dilation, valid)

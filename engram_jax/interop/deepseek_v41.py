@@ -15,7 +15,7 @@
 
 The tables of the released model are 203 GB in two of 48 files. Opening reads
 config.json, the index and the headers of the files that hold the memory:
-milliseconds for files of that size (`experiments/benchmarks/full_size.py`), and
+milliseconds for files of that size (`tests/interop/test_full_size.py`), and
 nothing of them becomes resident; then a row costs its two pages, values and
 scales lying apart. (A row file has both in one page.)
 

@@ -12,6 +12,26 @@ from engram_jax.fusion.engram import (
 )
 from engram_jax.parameters import param
 
+#: What the released models do and have no field for.
+RELEASED_OPTIONS = {
+  "smallest_order": 2,
+  "addressing": "ngrams",
+  "gate": True,
+  "per_stream_keys": True,
+  "fusion": "gated",
+}
+
+
+def require_released_options(config: EngramConfig) -> None:
+  """Refuses a memory that no released layout has a place for.
+
+  Args:
+    config: the memory's config.
+  """
+  for name, value in RELEASED_OPTIONS.items():
+    found = getattr(config, name)
+    require(found == value, name, found, f"{value}, as in the released models")
+
 
 def engram_of(params: EngramParams, config: EngramConfig) -> Engram:
   """The module of `config` that holds `params`; nothing is drawn.

@@ -24,6 +24,7 @@ from typing import Any
 from engram_jax.config import EngramConfig
 from engram_jax.errors import InputError, require
 from engram_jax.identity import WeightsIdentity
+from engram_jax.interop.modules import require_released_options
 from engram_jax.interop.safetensors_files import are_sizes, is_size, read_json
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.memory.hashing import NgramHash
@@ -158,6 +159,7 @@ def fields_of(config: EngramConfig, hashing: NgramHash) -> V41Fields:
   Raises:
     InputError: something that the layout has no field for.
   """
+  require_released_options(config)
   one_size = len(set(config.rows_per_head)) == 1
   valid = "one size for all orders"
   require(one_size, "rows_per_head", config.rows_per_head, valid)
@@ -165,12 +167,7 @@ def fields_of(config: EngramConfig, hashing: NgramHash) -> V41Fields:
   valid = f"query_norm_eps, {config.query_norm_eps}"
   require(same, "key_norm_eps", config.key_norm_eps, valid)
   for name, value in dict(
-    short_conv=False,
-    projection_bias=False,
-    signed_sqrt=True,
-    seed=0,
-    smallest_order=2,
-    addressing="ngrams",
+    short_conv=False, projection_bias=False, signed_sqrt=True, seed=0
   ).items():
     found = getattr(config, name)
     require(found == value, name, found, f"{value}, as in V4.1")

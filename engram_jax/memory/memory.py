@@ -35,11 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from engram_jax import sharding
 from engram_jax.config import EngramConfig
-from engram_jax.config_dicts import (
-  from_dict,
-  to_dict,
-  without_later_defaults,
-)
+from engram_jax.config_dicts import for_digest, from_dict, to_dict
 from engram_jax.errors import InputError, require
 from engram_jax.files import whole_file
 from engram_jax.memory.addressing import address
@@ -106,13 +102,16 @@ class Memory:
     found, wanted = hashing.vocab_size, self.compression.size
     valid = f"{wanted}, the compression's canonical ids"
     require(found == wanted, "hashing.vocab_size", found, valid)
+    ok = config.compress or wanted == self.vocab_size
+    valid = f"{self.vocab_size} with compress = False"
+    require(ok, "compression.size", wanted, valid)
     found, wanted = (
       (*x.layers, x.heads, x.max_order, x.smallest_order)
       for x in (hashing, config)
     )
     name = "hashing: layers, heads, max_order, smallest_order"
     require(found == wanted, name, found, f"{wanted}, the config's")
-    fields = without_later_defaults(EngramConfig, to_dict(config))
+    fields = for_digest(EngramConfig, to_dict(config))
     parts = (fields, self.compression.digest, hashing.to_dict())
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     object.__setattr__(self, "digest", digest)
@@ -131,7 +130,8 @@ class Memory:
       config: sizes of the memory; `config.pad_id` is a token id, which is
         compressed here.
       tokenizer: a `tokenizers.Tokenizer`, a fast Hugging Face tokenizer, or
-        the path of a `tokenizer.json`.
+        the path of a `tokenizer.json`; all that counts without
+        `config.compress` is how many tokens it has.
       vocab_size: number of token ids, in place of a tokenizer: every id is
         then a canonical id.
 
@@ -144,10 +144,11 @@ class Memory:
       found = "neither" if tokenizer is None else "both"
       valid = "one of the two"
       raise InputError("tokenizer and vocab_size", found, valid)
-    if tokenizer is None:
-      compression = TokenCompression.identity(vocab_size)
-    else:
+    if tokenizer is not None:
       compression = TokenCompression.from_tokenizer(tokenizer)
+      vocab_size = compression.vocab_size
+    if tokenizer is None or not config.compress:
+      compression = TokenCompression.identity(vocab_size)
     return cls.from_compression(config, compression)
 
   @classmethod
@@ -260,10 +261,10 @@ class Memory:
     )
 
   def address(self, row_ids: Mapping[int, Any]) -> dict[int, Any]:
-    """The rows that are read, of those that the hash names: `addressing`.
+    """The rows that are read, of the hash's [B, L, K] per Engram layer.
 
     Args:
-      row_ids: [B, L, K] per Engram layer, of the hash; JAX's or NumPy's.
+      row_ids: JAX's or NumPy's.
     """
     return address(row_ids, self.config.addressing, self.hashing)
 
@@ -338,9 +339,8 @@ class Memory:
     Returns:
       float32 [R, d] per Engram layer; but for rounding, the same on any mesh.
     """
-    config = self.config
-    std = config.table_init_std
-    return init_tables(key, self.num_rows, config.head_dim, std=std)
+    width, std = self.config.head_dim, self.config.table_init_std
+    return init_tables(key, self.num_rows, width, std=std)
 
   def init_optimizer(
     self, row_optimizer: RowOptimizer, tables: Tables

@@ -32,6 +32,7 @@ State is what a table costs besides itself. Bytes a row of
   scale_by_rowwise_adagrad()                  4         4
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -252,13 +253,18 @@ def row_sparse(transformation: optax.GradientTransformation) -> RowOptimizer:
 
   Raises:
     InputError: a transformation that is not row-wise: its state has arrays
-      that are neither scalars nor of one entry a row, or what it does to a row
-      depends on other rows (a global norm, a factored moment, noise).
+      that are neither scalars nor of one entry a row; or, from `init` or the
+      first `update`, what it does to a row depends on other rows (a global
+      norm, a factored moment, noise).
   """
   name = "row_sparse transformation"
-  descends = _require_row_wise(transformation, name)
+  _require_state_of_rows(transformation, name)
+  # A few small updates: once, and not for who only asks for shapes.
+  descends = functools.cache(lambda: _require_row_wise(transformation, name))
 
   def init(table: Float[Array, "R d"]) -> optax.OptState:
+    if not isinstance(table, jax.core.Tracer):
+      descends()
     return transformation.init(table.astype(jnp.float32))
 
   def update(
@@ -270,7 +276,7 @@ def row_sparse(transformation: optax.GradientTransformation) -> RowOptimizer:
     axes: Sequence[str] = (),
   ) -> tuple[Float[Array, "R d"], optax.OptState]:
     del axes  # no row looks at another
-    _require_rate(learning_rate, descends)
+    _require_rate(learning_rate, descends())
     ids, values = gradients.row_ids, squarable(gradients.values)
     rows = gather_rows(table, ids).astype(jnp.float32)
     of_rows = jax.tree.map(
@@ -335,6 +341,18 @@ _PROBE_ROWS = np.array([1, 3])
 _PROBE_SCALES = (1.0, 1e3, 1e-3)
 
 
+def _require_state_of_rows(
+  transformation: optax.GradientTransformation, name: str
+) -> None:
+  """Refuses a state that cannot be gathered by rows; from shapes alone."""
+  table = jax.ShapeDtypeStruct(_PROBE_SHAPE, jnp.float32)
+  for leaf in jax.tree.leaves(jax.eval_shape(transformation.init, table)):
+    ok = leaf.ndim == 0 or leaf.shape[0] == _PROBE_SHAPE[0]
+    valid = "arrays with one entry a row, or scalars, in its state"
+    found = f"state of shape {leaf.shape} for a table of {_PROBE_SHAPE}"
+    require(ok, name, found, valid)
+
+
 def _require_row_wise(
   transformation: optax.GradientTransformation, name: str
 ) -> bool:
@@ -351,11 +369,6 @@ def _require_row_wise(
   # Also where this is called under a trace.
   with jax.ensure_compile_time_eval():
     state = transformation.init(jnp.asarray(table))
-    for leaf in jax.tree.leaves(state):
-      ok = leaf.ndim == 0 or leaf.shape[0] == _PROBE_SHAPE[0]
-      valid = "arrays with one entry a row, or scalars, in its state"
-      found = f"state of shape {leaf.shape} for a table of {_PROBE_SHAPE}"
-      require(ok, name, found, valid)
     few = jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
     descends = None
     for scale in _PROBE_SCALES:

@@ -15,12 +15,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from engram_jax.config_dicts import (
-  completed,
-  from_dict,
-  to_dict,
-  without_later_defaults,
-)
+from engram_jax.config_dicts import completed, for_digest, from_dict, to_dict
 from engram_jax.errors import InputError
 from engram_jax.identity import WeightsIdentity
 from engram_jax.memory.compression import TokenCompression
@@ -234,7 +229,7 @@ def weights_identity(
     }
 
   names = "hash", "compression_digest", "tokenizer_digest", "data_digest"
-  config = without_later_defaults(ExperimentConfig, stored["config"])
+  config = for_digest(ExperimentConfig, stored["config"])
   of_run = [kept(config, ""), *map(stored.get, names)]
   run = hashlib.sha256(json.dumps(of_run).encode()).hexdigest()
   return WeightsIdentity(run, step, weights_digest(manifest))

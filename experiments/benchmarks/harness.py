@@ -48,6 +48,28 @@ SEED = 0
 Figures = dict[str, Any]
 
 
+class Picture(NamedTuple):
+  """Lines of percentages over one of a result's lists.
+
+  Attributes:
+    points: path of the list in the result.
+    x: path of x in a point.
+    lines: path of a share in a point, by name of its line.
+    title: over the picture.
+    xlabel: with its unit.
+    ylabel: with its unit.
+    log_x: logarithmic x axis; points with x = 0 are left out.
+  """
+
+  points: str
+  x: str
+  lines: Mapping[str, str]
+  title: str
+  xlabel: str
+  ylabel: str
+  log_x: bool = False
+
+
 class Benchmark(NamedTuple):
   """A benchmark as `run` takes it.
 
@@ -55,17 +77,18 @@ class Benchmark(NamedTuple):
     measure: function of the flags as keywords.
     tables: texts to print of its result.
     flags: default and help by name; the default decides the type.
-    when: other defaults of flags, where the flag of that name is given.
-    picture: draws a result to a path, a `.png` beside the JSON.
+    picture: lines drawn of the result into a `.png` beside the JSON.
     required: flags that have to be given.
+    configured: there is a flag `--config=FILE.py`; `measure` gets the config
+      as `configured`, None if it is not given.
   """
 
   measure: Callable[..., Figures]
   tables: Callable[[Figures], Iterable[str]]
   flags: Mapping[str, tuple[Any, str]]
-  when: Mapping[str, Mapping[str, Any]] = {}
-  picture: Callable[[Figures, pathlib.Path], None] | None = None
+  picture: Picture | None = None
   required: Sequence[str] = ()
+  configured: bool = False
 
 
 def run(benchmark: Benchmark) -> None:
@@ -76,39 +99,32 @@ def run(benchmark: Benchmark) -> None:
 
   name = sys.modules["__main__"].__spec__.name.rpartition(".")[2]
   _define(benchmark.flags)
+  file = cli.define_config() if benchmark.configured else None
   flags.DEFINE_string("out", str(RESULTS / f"{name}.json"), "Where it goes.")
   flags.mark_flags_as_required(benchmark.required)
 
   def main(argv: Sequence[str]) -> None:
     del argv
-    given = flags.FLAGS
-    for flag, defaults in benchmark.when.items():
-      if given[flag].value != benchmark.flags[flag][0]:
-        for other, value in defaults.items():
-          given.set_default(other, value)
-    config = {flag: _value(given[flag].value) for flag in benchmark.flags}
+    out = flags.FLAGS.out
+    results.require_place(out)  # before the work, not after it
+    config = {
+      name: _value(name, default)
+      for name, (default, _) in benchmark.flags.items()
+    }
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
-    result = {**about, **benchmark.measure(**config)}
-    results.write_result(given.out, result)
+    more = {"configured": file.value} if file else {}
+    result = {**about, **benchmark.measure(**config, **more)}
+    results.write_result(out, result)
     if benchmark.picture:
-      benchmark.picture(result, pathlib.Path(given.out).with_suffix(".png"))
+      draw(benchmark.picture, result, out)
     texts = [*benchmark.tables(result), *verdict(result.get("targets", {}))]
-    print("\n\n".join([*texts, f"written to {given.out}"]))
+    print("\n\n".join([*texts, f"written to {out}"]))
 
   cli.run(main)
 
 
-def _value(value: Any) -> Any:
-  """A flag's; a list of words may be given at once and one by one."""
-  if isinstance(value, list) and any(isinstance(x, str) for x in value):
-    return [word for words in value for word in words.split(",")]
-  return value
-
-
 def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
-  from experiments import number_flags
-
   for name, (default, text) in defaults.items():
     match default:
       case bool():
@@ -117,13 +133,30 @@ def _define(defaults: Mapping[str, tuple[Any, str]]) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound=0)
       case float():
         flags.DEFINE_float(name, default, text, lower_bound=0.0)
-      case [str(), *_]:
-        flags.DEFINE_multi_string(name, default, f"{text} Commas, or again.")
       case list():
-        kind = float if any(isinstance(x, float) for x in default) else int
-        number_flags.define(name, default, text, kind=kind)
+        words = list(map(str, default))
+        flags.DEFINE_multi_string(name, words, f"{text} Commas, or again.")
       case _:
         flags.DEFINE_string(name, default, text)
+
+
+def _value(name: str, default: Any) -> Any:
+  """A flag's; the words of a list are of the kind of those in its default.
+
+  Raises:
+    InputError: a word that is no number where one is asked for.
+  """
+  value = flags.FLAGS[name].value
+  if not isinstance(default, list):
+    return value
+  words = [word for words in value for word in words.split(",") if word]
+  kind = type(default[0]) if default else int
+  try:
+    return [kind(word) for word in words]
+  except ValueError:
+    valid = "integers" if kind is int else "numbers"
+    valid += " separated by commas"
+    raise InputError(name, ",".join(words), valid) from None
 
 
 # --- time ---
@@ -192,16 +225,14 @@ def peak_memory() -> int:
   return 1024 * kib
 
 
-def resident_memory() -> dict[str, float]:
+def resident_memory() -> dict[str, float | None]:
   """What this process holds now: `anonymous_mib`, and of files `mapped_mib`.
 
-  Pages of files are the system's to take back. NaN without /proc.
+  Pages of files are the system's to take back. None without /proc.
   """
-  kib = {
-    name: _proc("/proc/self/status", field)
-    for name, field in (("anonymous_mib", "RssAnon"), ("mapped_mib", "RssFile"))
-  }
-  return {k: float("nan") if x is None else x / 1024 for k, x in kib.items()}
+  fields = {"anonymous_mib": "RssAnon", "mapped_mib": "RssFile"}
+  kib = {k: _proc("/proc/self/status", x) for k, x in fields.items()}
+  return {k: None if x is None else x / 1024 for k, x in kib.items()}
 
 
 def require_memory(field: str, value: Any, needed: int) -> None:
@@ -272,21 +303,18 @@ def in_child(
   function: Callable[..., Figures],
   *,
   env: Mapping[str, str] | None = None,
-  timeout: float | None = None,
   **arguments: Any,
-) -> Figures | None:
+) -> Figures:
   """Calls a function in a process of its own.
 
   Args:
     function: a function at a module's top level; it returns a dict that JSON
       can hold.
     env: what its environment has besides this one's.
-    timeout: seconds after which the process is ended; None for no limit.
     **arguments: its keyword arguments, which JSON can hold too.
 
   Returns:
-    The function's dict, and `peak_mib`, the child's `peak_memory`; None if the
-    time was not enough.
+    The function's dict, and `peak_mib`, the child's `peak_memory`.
 
   Raises:
     InputError: as in the child.
@@ -299,17 +327,13 @@ def in_child(
   # The whole may take minutes: somebody may be looking.
   what = ", ".join(f"{k} {v}" for k, v in arguments.items())
   print(f"{function.__qualname__}: {what} ...", file=sys.stderr, flush=True)
-  try:
-    done = subprocess.run(
-      [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
-      cwd=ROOT,
-      env=os.environ | dict(env or {}),
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-    )
-  except subprocess.TimeoutExpired:
-    return None
+  done = subprocess.run(
+    [sys.executable, "-m", __spec__.name, name, json.dumps(arguments)],
+    cwd=ROOT,
+    env=os.environ | dict(env or {}),
+    capture_output=True,
+    text=True,
+  )
   if done.returncode:
     words = done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
     raise RuntimeError(f"{name}({arguments}) failed:\n{words}")
@@ -355,7 +379,7 @@ def verdict(targets: Mapping[str, Figures]) -> list[str]:
 
 
 def table(
-  columns: Mapping[str, Any],
+  columns: Mapping[str, Any] | Sequence[str],
   records: Iterable[Mapping[str, Any]],
   *,
   title: str = "",
@@ -364,20 +388,30 @@ def table(
 
   Args:
     columns: by header a path of keys into a record ("decode.ratio"), or a
-      function of it.
+      function of it; or the names of keys, which are their own headers.
     records: a value that one does not have is "-".
     title: a line above.
   """
 
   def value(record, column):
-    if callable(column):
-      return column(record)
-    for key in column.split("."):
-      record = record.get(key) if record else None
-    return record
+    return column(record) if callable(column) else at(record, column)
 
+  if not isinstance(columns, Mapping):
+    columns = dict(zip(columns, columns))
   rows = [[value(r, column) for column in columns.values()] for r in records]
   return "\n".join([*([title] if title else []), aligned(list(columns), rows)])
+
+
+def at(record: Any, path: str) -> Any:
+  """What lies at a path of keys ("decode.ratio"); None if nothing does."""
+  for key in path.split("."):
+    record = record.get(key) if record else None
+  return record
+
+
+def scaled(path: str, unit: float) -> Callable[[Any], float | None]:
+  """A column of a number at a path, in such units."""
+  return lambda r: None if at(r, path) is None else at(r, path) / unit
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -400,6 +434,23 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for line in cells
   ]
   return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def draw(picture: Picture, result: Figures, out: str | pathlib.Path) -> None:
+  """Draws a picture of a result beside its JSON file, `out`."""
+  from engram_jax.analysis.plots import plot_lines
+
+  points = at(result, picture.points)
+  if picture.log_x:
+    points = [point for point in points if at(point, picture.x)]
+  xs = [at(point, picture.x) for point in points]
+  lines = {
+    name: (xs, [100 * at(point, path) for point in points])
+    for name, path in picture.lines.items()
+  }
+  names = ("title", "xlabel", "ylabel", "log_x")
+  labels = {name: getattr(picture, name) for name in names}
+  plot_lines(lines, pathlib.Path(out).with_suffix(".png"), **labels)
 
 
 def rng(stream: int = 0) -> np.random.Generator:

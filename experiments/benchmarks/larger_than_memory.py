@@ -22,28 +22,26 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.analysis.accounting import counting_hash
-from engram_jax.analysis.plots import plot_lines
 from engram_jax.config import ModelConfig
 from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import prepare
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.errors import require
 from engram_jax.memory.memory import Memory
-from engram_jax.presets import preset as find_preset
 from engram_jax.stores.host_stores import FileStore
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.stores.quantization import RowFormat
 from engram_jax.stores.row_cache import CachedStore
 from engram_jax.stores.row_files import RowFile
 from experiments.benchmarks import fixtures, harness
-from experiments.benchmarks.models import random_model
+from experiments.benchmarks.models import preset_with_memory, random_model
 from experiments.configs.preset import experiment_of
 
 #: Rows of a head in the resident tables, which are the scale.
@@ -60,10 +58,7 @@ FLAGS = {
   "prompt": (64, "Tokens read at once at the start."),
   "before": (192, "Tokens read one by one, not timed."),
   "tokens": (128, "Tokens read one by one, timed."),
-  "caches_mib": (
-    [0.0, 4.0, 16.0, 64.0, 256.0],
-    "Of the row cache; 0 for none.",
-  ),
+  "caches_mib": ([0.0, 4.0, 16.0, 64.0, 256.0], "Row caches; 0 for none."),
 }
 
 
@@ -79,42 +74,33 @@ def read_text(preset: str, batch: int, length: int) -> np.ndarray:
   )
 
 
-def follow(
-  decoder: Decoder, text: np.ndarray, *, prompt: int, before: int
-) -> Iterator[None]:
-  """Reads a text: a prompt, then token by token.
+def timed(
+  decoder: Decoder,
+  text: np.ndarray,
+  *,
+  prompt: int,
+  before: int,
+  at_mark: Callable[[], None] = lambda: None,
+) -> float:
+  """Reads a text, int32 [B, L]: a prompt, and then token by token.
 
-  Yields:
-    Once when `before` tokens after the prompt were read, and at the end.
+  Returns:
+    Tokens/s of those that are timed; `at_mark` is called before the first.
   """
   batch, length = text.shape
-  state = decoder.init_state(batch, length)
   lengths = jnp.full(batch, prompt, jnp.int32)
+  state = decoder.init_state(batch, length)
   logits, state = decoder.start(state, jnp.asarray(text[:, :prompt]), lengths)()
   for i in range(prompt, length):
     # As if the token came of these.
     jax.block_until_ready(logits)
     if i == prompt + before:
-      yield
+      at_mark()
+      start = time.perf_counter()
     logits, state = decoder.start(state, text[:, i])()
   jax.block_until_ready(logits)
-  yield
-
-
-def timed(
-  decoder: Decoder,
-  text: np.ndarray,
-  at_mark: Callable[[], None] = lambda: None,
-  **parts: int,
-) -> float:
-  """Tokens/s of what comes after `before`; `at_mark` is called there."""
-  steps = follow(decoder, text, **parts)
-  next(steps)
-  at_mark()
-  start = time.perf_counter()
-  next(steps)
-  spent = time.perf_counter() - start
-  return text[:, parts["prompt"] + parts["before"] :].size / spent
+  count = batch * (length - prompt - before)
+  return count / (time.perf_counter() - start)
 
 
 def compare(
@@ -130,12 +116,9 @@ def compare(
   """Throughput against the size of the cache.
 
   Args:
-    model: with a memory of the file's rows.
+    model: a model with a memory of the file's rows.
     path: path of the row file.
-    text: int32 [B, L].
-    caches_mib: see the flags.
-    prompt: see the flags.
-    before: see the flags.
+    text: int32 [B, L]; the others as the flags.
     few: rows of a head of the resident tables.
   """
   weights, parts = random_model(model), dict(prompt=prompt, before=before)
@@ -159,10 +142,8 @@ def compare(
 
     def counts() -> np.ndarray:
       layers = cache.by_layer.values() if cache else ()
-      hits, misses = (
-        sum(getattr(layer, name) for layer in layers)
-        for name in ("hits", "misses")
-      )
+      hits = sum(layer.hits for layer in layers)
+      misses = sum(layer.misses for layer in layers)
       return np.array([store.statistics.rows_read, hits, misses])
 
     def at_mark():
@@ -171,7 +152,7 @@ def compare(
       marks.append(counts())
 
     with Decoder(weights, memory, cache or store) as decoder:
-      speed = timed(decoder, text, at_mark, **parts)
+      speed = timed(decoder, text, at_mark=at_mark, **parts)
     read, hits, misses = (counts() - marks[0]).tolist()
     found = {"tokens_per_s": speed, "rows_read_per_token": read / count}
     if cache:
@@ -207,9 +188,8 @@ def measure(
   """The file, the text, and `compare`; arguments as the flags."""
   require(parts["caches_mib"], "caches_mib", "none", "one or more sizes")
   require(tokens >= 1, "tokens", tokens, "an integer >= 1")
-  model = find_preset(preset).model
-  require(model.engram, "preset", preset, "a model with a memory")
   rows, path = RowFormat(row_format, width), pathlib.Path(file)
+  model = preset_with_memory(preset).model
   model = fixtures.with_memory_of(model, gib, rows)
   text = read_text(preset, batch, parts["prompt"] + parts["before"] + tokens)
   own, start = not path.exists(), time.perf_counter()
@@ -233,13 +213,15 @@ def measure(
 
 
 def tables(result: harness.Figures) -> list[str]:
-  speed = statistics.median(result["resident_tokens_per_s"])
-  about = (
-    f"a file of {result['file_gib']:.1f} GiB, a machine of "
-    f"{result['machine_gib']:.1f} GiB; {speed:.0f} tokens/s with a small table "
-    f"on the device; the process holds {result['anonymous_mib']:,.0f} MiB, and "
-    f"{result['mapped_mib']:,.0f} MiB of files, which the system may take back"
-  )
+  about = {
+    "file, GiB": "file_gib",
+    "machine, GiB": "machine_gib",
+    "process, MiB": "anonymous_mib",
+    "and of files, MiB": "mapped_mib",
+    "small table, tokens/s": lambda r: statistics.median(
+      r["resident_tokens_per_s"]
+    ),
+  }
   columns = {
     "cache, MiB": "cache_mib",
     "hit rate": "warm.hit_rate",
@@ -248,28 +230,23 @@ def tables(result: harness.Figures) -> list[str]:
   for name in RUNS:
     columns[f"{name} tokens/s"] = f"{name}.tokens_per_s"
     columns[f"{name} of resident"] = f"{name}.of_resident"
-  return [about, harness.table(columns, result["caches"])]
+  return [
+    harness.table(about, [result]),
+    harness.table(columns, result["caches"]),
+  ]
 
 
-def picture(result: harness.Figures, path: pathlib.Path) -> None:
-  """Throughput against the cache's size."""
-  points = [point for point in result["caches"] if point["cache_mib"]]
-  sizes = [point["cache_mib"] for point in points]
-  plot_lines(
-    {
-      name: (sizes, [100 * point[name]["of_resident"] for point in points])
-      for name in RUNS
-    },
-    path,
-    title=f"Rows in a file of {result['file_gib']:.1f} GiB",
-    xlabel="row cache on the device (MiB)",
-    ylabel="throughput (% of resident)",
-    log_x=True,
-  )
-
-
+PICTURE = harness.Picture(
+  "caches",
+  x="cache_mib",
+  lines={name: f"{name}.of_resident" for name in RUNS},
+  title="Rows in a file larger than memory",
+  xlabel="row cache on the device (MiB)",
+  ylabel="throughput (% of resident)",
+  log_x=True,
+)
 BENCHMARK = harness.Benchmark(
-  measure, tables, FLAGS, picture=picture, required=("file",)
+  measure, tables, FLAGS, picture=PICTURE, required=("file",)
 )
 
 if __name__ == "__main__":

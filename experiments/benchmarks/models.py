@@ -18,7 +18,10 @@ from engram_jax import sharding
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.weights import DecodingModel, for_decoding
+from engram_jax.errors import require
 from engram_jax.memory.memory import Memory
+from engram_jax.memory.row_sparse import RowOptimizer
+from engram_jax.presets import Preset, preset
 from engram_jax.run_config import DEFAULT_MESH, MeshConfig, TrainConfig
 from engram_jax.training.setup import TrainSetup
 from experiments.benchmarks import harness
@@ -33,19 +36,32 @@ DTYPES = {
 }
 
 
+def preset_with_memory(name: str) -> Preset:
+  """A preset of `engram_jax/presets.py`.
+
+  Raises:
+    InputError: there is none of this name, or its model has no memory.
+  """
+  found = preset(name)
+  require(found.model.engram, "preset", name, "a model with a memory")
+  return found
+
+
 def make_setup(
   model: ModelConfig,
   train: TrainConfig,
   *,
   mesh: Mesh | None = None,
   mesh_config: MeshConfig = DEFAULT_MESH,
+  row_optimizer: RowOptimizer | None = None,
 ) -> TrainSetup:
-  """The training of a model on raw token ids."""
+  """The training of a model on raw token ids; arguments as `TrainSetup`'s."""
   memory = None
   if model.engram is not None:
     memory = Memory.create(model.engram, vocab_size=model.vocab_size)
+  options = dict(mesh=mesh, mesh_config=mesh_config)
   return TrainSetup.create(
-    model, train, memory, mesh=mesh, mesh_config=mesh_config
+    model, train, memory, row_optimizer=row_optimizer, **options
   )
 
 

@@ -9,12 +9,10 @@ process, of
                activated parameters (without the vocabulary) as `moe`
   moe          the preset without its memory
   moe, memory  the preset
-
-and, with --variants, of `moe` with one thing changed (`VARIANTS`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from engram_jax.analysis import estimates
@@ -29,10 +27,8 @@ from engram_jax.training.step import make_train_step
 from experiments.benchmarks import harness
 from experiments.benchmarks import models as runs
 
-CONTEST = ("dense", "moe", "moe, memory")
 FLAGS = {
   "preset": ("small", "Of engram_jax/presets.py, with experts and a memory."),
-  "variants": (False, "Time the variants of `moe` too."),
   "batch": (4, "Sequences of a step."),
   "length": (512, "Tokens of a sequence."),
   "repeats": (9, "Timed steps of each."),
@@ -61,22 +57,6 @@ def equal_dense(model: ModelConfig) -> ModelConfig:
   return of_width(1 + round((activated(model) - one) / each))
 
 
-#: Fields of the experts' config that change, some by a factor. All of the
-#: variants activate the same but for the router.
-VARIANTS: dict[str, dict[str, Any]] = {
-  "every expert on every token": {"dispatch": "dense"},
-  "capacity 1": {"capacity_factor": 1.0},
-  "half the experts": {"num_experts": lambda m: m.num_experts // 2},
-  "twice the experts": {"num_experts": lambda m: 2 * m.num_experts},
-  "finer experts": {
-    "num_experts": lambda m: 2 * m.num_experts,
-    "top_k": lambda m: 2 * m.top_k,
-    "expert_size": lambda m: m.expert_size // 2,
-    "num_shared": lambda m: 2 * m.num_shared,
-  },
-}
-
-
 def models(model: ModelConfig) -> dict[str, ModelConfig]:
   """All models by name, from a preset's.
 
@@ -87,12 +67,7 @@ def models(model: ModelConfig) -> dict[str, ModelConfig]:
   valid = "a preset with a memory"
   require(model.engram is not None, "preset", "no memory", valid)
   plain = dataclasses.replace(model, engram=None)
-  found = {"dense": equal_dense(plain), "moe": plain, "moe, memory": model}
-  for name, fields in VARIANTS.items():
-    changes = {k: x(model.moe) if callable(x) else x for k, x in fields.items()}
-    moe = dataclasses.replace(model.moe, **changes)
-    found[name] = dataclasses.replace(plain, moe=moe)
-  return found
+  return {"dense": equal_dense(plain), "moe": plain, "moe, memory": model}
 
 
 def contender(
@@ -107,10 +82,10 @@ def contender(
   return runs.steps(compiled, state, batches), flops
 
 
-def in_turns(
-  *, preset: str, names: Sequence[str], batch: int, length: int, repeats: int
+def measure(
+  *, preset: str, batch: int, length: int, repeats: int
 ) -> harness.Figures:
-  """Times steps of several of `models` in turns, in this process.
+  """Times steps of all models in turns; arguments as the flags.
 
   Returns:
     `records`, one per name: `activated` and `total` parameters without the
@@ -123,12 +98,13 @@ def in_turns(
     found.train, batch_size=batch, seq_len=length, accumulation=1
   )
   every = models(found.model)
-  made = {name: contender(every[name], train) for name in names}
+  made = {name: contender(model, train) for name, model in every.items()}
   cases = {name: step for name, (step, _) in made.items()}
   times = harness.interleaved(cases, repeats=repeats)
   records = []
-  for name, (step, flops) in made.items():
-    model, metrics, dropped = every[name], step(), None
+  for name, model in every.items():
+    step, flops = made[name]
+    metrics, dropped = step(), None
     if model.moe is not None:
       blocks = sum(model.is_moe(i) for i in range(model.num_layers))
       assignments = batch * length * model.moe.top_k * blocks
@@ -151,26 +127,10 @@ def in_turns(
   return {"records": records}
 
 
-def measure(*, variants: bool, **sizes: Any) -> harness.Figures:
-  """The contest, and the variants against `moe`; arguments as the flags."""
-  models(find_preset(sizes["preset"]).model)
-  contests = {"contest": CONTEST}
-  if variants:
-    contests["variants"] = ("moe", *VARIANTS)
-  return {
-    name: harness.in_child(in_turns, names=names, **sizes)
-    for name, names in contests.items()
-  }
-
-
 def tables(result: harness.Figures) -> list[str]:
-  names = "model activated total median_ms min_ms tokens_per_s ratio gflops"
-  names = [*names.split(), "gflops_per_s", "dropped", "loss"]
-  return [
-    harness.table(dict(zip(names, names)), result[part]["records"])
-    for part in ("contest", "variants")
-    if part in result
-  ]
+  columns = "model activated total median_ms min_ms tokens_per_s ratio gflops"
+  columns += " gflops_per_s dropped loss"
+  return [harness.table(columns.split(), result["records"])]
 
 
 BENCHMARK = harness.Benchmark(measure, tables, FLAGS)

@@ -1,7 +1,7 @@
 """Generation with the rows elsewhere: what it costs, and what prefetch hides.
 
   python -m experiments.benchmarks.offload
-  python -m experiments.benchmarks.offload --quick
+  python -m experiments.benchmarks.offload --preset=tiny --row_format=int8
 
 One model and the same prompts, with the same tokens as the outcome:
 
@@ -38,22 +38,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.analysis.plots import plot_lines
 from engram_jax.config import ModelConfig
-from engram_jax.decoding.decoders import (
-  Decoded,
-  Decoder,
-)
+from engram_jax.decoding.decoders import Decoded, Decoder
 from engram_jax.decoding.generate import pad_prompts
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import InputError, require
 from engram_jax.memory.memory import Memory
-from engram_jax.presets import preset as find_preset
 from engram_jax.stores.host_stores import FileStore, HostStore
 from engram_jax.stores.program_stores import (
   DeviceStore,
@@ -70,7 +66,7 @@ from experiments.benchmarks.fixtures import (
   to_tables,
   with_memory_of,
 )
-from experiments.benchmarks.models import random_model
+from experiments.benchmarks.models import preset_with_memory, random_model
 
 #: What the name of a case ends with whose rows a thread reads.
 PREFETCH = ", prefetch"
@@ -90,45 +86,23 @@ FLAGS = {
   "new_tokens": (32, "After the last batch of prompts."),
   "repeats": (5, "Timed turns."),
   "delays_ms": ([2.0, 5.0, 10.0, 20.0, 50.0], "Of the store made slower."),
-  "quick": (False, "Small and short: does it work?"),
-}
-QUICK = {
-  "preset": "tiny",
-  "row_format": "int8",
-  "prompts": 4,
-  "longest": 40,
-  "shortest": 10,
-  "batch": 2,
-  "new_tokens": 4,
-  "repeats": 1,
-  "delays_ms": [0.0, 20.0],
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
+class Subject(NamedTuple):
   """A model with random weights, and what it is asked.
 
   Attributes:
     model: as decoding takes it.
     memory: hash of raw token ids, without a tokenizer.
     batches: prompts, padded: int32 [B, L] and [B].
-    new_tokens: decoded after the last batch.
+    new_tokens: tokens decoded after the last batch.
   """
 
   model: DecodingModel
   memory: Memory
   batches: list[tuple[jax.Array, jax.Array]]
   new_tokens: int
-
-  @property
-  def capacity(self) -> int:
-    longest = max(tokens.shape[1] for tokens, _ in self.batches)
-    return longest + self.new_tokens
-
-  @property
-  def prompt_tokens(self) -> int:
-    return sum(int(lengths.sum()) for _, lengths in self.batches)
 
 
 def make_subject(
@@ -143,7 +117,7 @@ def make_subject(
   """A model drawn at random, and prompts of Zipf-distributed tokens.
 
   Args:
-    config: with a memory; the others as the flags.
+    config: a model with a memory; the others as the flags.
   """
   ok = prompts % batch == 0
   require(ok, "prompts", prompts, f"a multiple of the batch, {batch}")
@@ -153,18 +127,16 @@ def make_subject(
   require(ok, "shortest", shortest, f"1 to {longest}, the longest")
   rng, size = harness.rng(1), config.vocab_size
   chances = 1 / np.arange(1, size + 1)
-  chances /= chances.sum()
   lengths = rng.integers(shortest, longest, prompts, endpoint=True)
-  texts = [rng.choice(size, n, p=chances).tolist() for n in lengths]
-  return Subject(
-    random_model(config),
-    Memory.create(config.engram, vocab_size=size),
-    [
-      pad_prompts(texts[i : i + batch], vocab_size=size)
-      for i in range(0, prompts, batch)
-    ],
-    new_tokens,
-  )
+  texts = [
+    rng.choice(size, n, p=chances / chances.sum()).tolist() for n in lengths
+  ]
+  memory = Memory.create(config.engram, vocab_size=size)
+  batches = [
+    pad_prompts(texts[i : i + batch], vocab_size=size)
+    for i in range(0, prompts, batch)
+  ]
+  return Subject(random_model(config), memory, batches, new_tokens)
 
 
 # --- runs ---
@@ -177,9 +149,9 @@ def _likeliest(logits: jax.Array) -> jax.Array:
 
 def prefill(subject: Subject, decoder: Decoder) -> Decoded:
   """Reads all prompts, batch after batch; what the last one leaves."""
-  ends = []
+  ends, longest = [], max(tokens.shape[1] for tokens, _ in subject.batches)
   for tokens, lengths in subject.batches:
-    state = decoder.init_state(len(lengths), subject.capacity)
+    state = decoder.init_state(len(lengths), longest + subject.new_tokens)
     ends.append(decoder.start(state, tokens, lengths))
     # One ahead: its rows are fetched while this one is computed.
     if len(ends) > 1:
@@ -228,7 +200,8 @@ def in_turns(
         if not np.array_equal(new, tokens[first]):
           raise RuntimeError(f"{name}: other tokens than {first}")
     print(f"turn {turn} of {repeats} is done", file=sys.stderr, flush=True)
-  counts = subject.prompt_tokens, len(subject.batches[-1][1])
+  lengths = [lengths for _, lengths in subject.batches]
+  counts = int(sum(map(np.sum, lengths))), len(lengths[-1])
   found = {}
   for name in decoders:
     case = found[name] = {}
@@ -236,21 +209,6 @@ def in_turns(
       case[phase] = count / statistics.median(taken[name, phase])
       case[f"{phase}_ratio"] = case[phase] / found[first][phase]
   return found
-
-
-def resident_decoder(
-  subject: Subject,
-  rows: Mapping[int, np.ndarray],
-  row_format: RowFormat,
-  *,
-  packed: bool,
-) -> Decoder:
-  """Rows in the device's memory: as the packed ones, or as float32 tables."""
-  if packed:
-    store = DeviceStore(rows, row_format)
-  else:
-    store = TableStore(to_tables(rows, row_format))
-  return Decoder(subject.model, subject.memory, store)
 
 
 def compare(
@@ -271,35 +229,36 @@ def compare(
   """
   rows = make_rows(subject.memory.num_rows, row_format)
   host = HostStore(rows, row_format)
-  stores: dict[str, RowStore] = {"host": host}
+  file = make_row_file(folder / "rows", subject.memory.hashing, row_format)
+  stores: dict[str, RowStore] = {"host": host, "file": FileStore(file)}
   left_out = {}
   try:
     stores["pinned"] = PinnedStore(rows, row_format)
   except InputError as error:
     left_out["pinned"] = str(error)
-  file = make_row_file(folder / "rows", subject.memory.hashing, row_format)
-  stores["file"] = FileStore(file)
-  slow = {
-    f"{delay:g} ms": SlowStore(host, delay_s=delay / 1e3) for delay in delays_ms
-  }
-  decoders = {
-    "resident": resident_decoder(subject, rows, row_format, packed=packed)
-  }
+  slow = {d: SlowStore(host, delay_s=d / 1e3) for d in delays_ms}
+  if packed:
+    resident = DeviceStore(rows, row_format)
+  else:
+    resident = TableStore(to_tables(rows, row_format))
+  decoders = {"resident": Decoder(subject.model, subject.memory, resident)}
   with contextlib.ExitStack() as threads:
     for name, store in (stores | slow).items():
-      for label, prefetch in ((name, False), (name + PREFETCH, True)):
-        decoders[label] = threads.enter_context(
-          Decoder(subject.model, subject.memory, store, prefetch=prefetch)
+      for prefetch in (False, True):
+        decoder = Decoder(
+          subject.model, subject.memory, store, prefetch=prefetch
         )
+        label = f"{name}{PREFETCH}" if prefetch else f"{name}"
+        decoders[label] = threads.enter_context(decoder)
     cases = in_turns(subject, decoders, repeats=repeats)
   latency = []
-  for delay, name in zip(delays_ms, slow):
-    without, ahead = cases.pop(name), cases.pop(name + PREFETCH)
+  for delay in slow:
+    both = {
+      "without": cases.pop(f"{delay}"),
+      "with": cases.pop(f"{delay}{PREFETCH}"),
+    }
     ratios = {
-      phase: {
-        "without": without[f"{phase}_ratio"],
-        "with": ahead[f"{phase}_ratio"],
-      }
+      phase: {how: case[f"{phase}_ratio"] for how, case in both.items()}
       for phase in PHASES
     }
     latency.append({"delay_ms": delay, **ratios})
@@ -330,13 +289,11 @@ def measure(
   packed: bool,
   repeats: int,
   delays_ms: Sequence[float],
-  quick: bool,
   **prompts: int,
 ) -> harness.Figures:
   """The preset's model, its memory where the flags say; `compare`."""
-  del quick  # the flags' defaults are others
-  config = find_preset(preset).model
-  require(config.engram, "preset", preset, "a model with a memory")
+  require(delays_ms, "delays_ms", "none", "one or more latencies")
+  config = preset_with_memory(preset).model
   if layers:
     memory = dataclasses.replace(config.engram, layers=tuple(layers))
     config = dataclasses.replace(config, engram=memory)
@@ -361,33 +318,23 @@ def tables(result: harness.Figures) -> list[str]:
   return [
     harness.table(columns, cases),
     harness.table(curve, result["latency"], title=title),
-    *(f"without {home}: {why}" for home, why in result["left_out"].items()),
+    *(f"without {name}: {why}" for name, why in result["left_out"].items()),
   ]
 
 
-def picture(result: harness.Figures, path: pathlib.Path) -> None:
-  """Throughput against the store's latency."""
-  points = result["latency"]
-  delays = [point["delay_ms"] for point in points]
-  plot_lines(
-    {
-      f"{phase}, {text}": (
-        delays,
-        [100 * point[phase][key] for point in points],
-      )
-      for phase in PHASES
-      for key, text in (("with", "prefetch"), ("without", "no prefetch"))
-    },
-    path,
-    title="Rows from a slow store",
-    xlabel="latency of the store (ms)",
-    ylabel="throughput (% of resident)",
-  )
-
-
-BENCHMARK = harness.Benchmark(
-  measure, tables, FLAGS, when={"quick": QUICK}, picture=picture
+PICTURE = harness.Picture(
+  "latency",
+  x="delay_ms",
+  lines={
+    f"{phase}, {text}": f"{phase}.{how}"
+    for phase in PHASES
+    for how, text in (("with", "prefetch"), ("without", "no prefetch"))
+  },
+  title="Rows from a slow store",
+  xlabel="latency of the store (ms)",
+  ylabel="throughput (% of resident)",
 )
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS, picture=PICTURE)
 
 if __name__ == "__main__":
   harness.run(BENCHMARK)

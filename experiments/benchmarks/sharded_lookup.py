@@ -11,15 +11,17 @@
             gradient, of the whole table, pinned to where the table lies
 
 The first two end with each row's gradient, summed, at its owner; the last one
-with a dense gradient, which costs more the larger the table. All are compared:
-the same rows, the same sums.
+with a dense gradient, which costs more the larger the table. All give the same
+rows; `tests/eight_devices` compares the sums too.
 
 Bytes are those that a device sends, read from the compiled program, next to the
 least that is possible: each distinct row of a device that lives elsewhere,
 once, and its gradient once. The rest is padding, duplicates and ids.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +91,7 @@ def capacity_for(number: int, devices: int, needed: int) -> int:
 
 
 def make_form(
-  mesh: Mesh, strategy: str, what: str, capacity: int | None
+  mesh: Mesh, strategy: str, what: str, capacity: int
 ) -> Callable[..., Any]:
   """A jitted function of (table, ids, gradients): rows, and with `BOTH` what
   the owners of the rows then have."""
@@ -103,24 +105,25 @@ def make_form(
       rows, back = jax.vjp(lambda table: lookup(table, ids), table)
       return rows, *back(gradients)
 
-    tokens, home = (
+    tokens, owned = (
       NamedSharding(mesh, spec) for spec in (sharding.TOKENS, sharding.TABLE)
     )
     if what == LOOKED_UP:
       return jax.jit(look_up, out_shardings=tokens)
-    return jax.jit(both, out_shardings=(tokens, home))
+    return jax.jit(both, out_shardings=(tokens, owned))
 
   def form(table, ids, gradients):
+    room = capacity if strategy == "exchange" else None
     with sharding.use(mesh):
       found, plan = exchange.lookup(
-        {LAYER: table}, {LAYER: ids}, strategy=strategy, capacity=capacity
+        {LAYER: table}, {LAYER: ids}, strategy=strategy, capacity=room
       )
       if what == LOOKED_UP:
         return found[LAYER]
-      home = exchange.reduce_row_gradients(
+      sums = exchange.reduce_row_gradients(
         plan, {LAYER: gradients}, num_rows={LAYER: table.shape[0]}
       )
-      return found[LAYER], home[LAYER]
+      return found[LAYER], sums[LAYER]
 
   return jax.jit(form)
 
@@ -144,36 +147,69 @@ def bytes_sent(compiled: Any, devices: int) -> int:
   return round(total * (devices - 1) / devices)
 
 
-def check(
-  forms: Mapping[tuple[str, str], Callable], arguments: Any, table: np.ndarray
-) -> None:
-  """Refuses forms that do not give the table's rows, and the same sums.
+def in_turns(
+  mesh: Mesh,
+  table: np.ndarray,
+  ids: np.ndarray,
+  *,
+  calls: int,
+  repeats: int,
+) -> harness.Figures:
+  """All strategies in turns.
 
   Args:
-    forms: by strategy and what of `WHAT`.
-    arguments: table, ids and gradients, as the forms take them.
-    table: the same table.
+    mesh: mesh of all devices.
+    table: float32 [R, d].
+    ids: int32 [devices, M].
+    calls: calls in a turn.
+    repeats: timed turns of each form.
+
+  Returns:
+    What the ids ask for (`demand`); `capacity` of the exchange; and by strategy
+    and what of `WHAT`: `median_ms` and `min_ms` of a call, `sent`, bytes that a
+    device sends, `least`, those that it must, and `wasted`, the share of `sent`
+    above that.
 
   Raises:
-    RuntimeError: one that gives others.
+    RuntimeError: a strategy gives other rows than the table's.
   """
-  _, ids, gradients = map(np.asarray, arguments)
-  expected = np.zeros_like(table)
-  rows, width = table.shape
-  np.add.at(expected, ids.reshape(-1), gradients.reshape(-1, width))
+  (devices, number), width = ids.shape, table.shape[1]
+  tokens = NamedSharding(mesh, sharding.TOKENS)
+  gradients = harness.rng(2).normal(size=(devices, number, 1, width))
+  arguments = (
+    jax.device_put(table, NamedSharding(mesh, sharding.TABLE)),
+    jax.device_put(ids[..., None], tokens),
+    jax.device_put(gradients.astype(np.float32), tokens),
+  )
+  asked = demand(ids, len(table))
+  capacity = capacity_for(number, devices, asked["needed"])
+  forms = {
+    case: make_form(mesh, *case, capacity).lower(*arguments).compile()
+    for case in itertools.product(STRATEGIES, WHAT)
+  }
   for (strategy, what), form in forms.items():
-    found = form(*arguments)
-    found, home = (found, expected) if what == LOOKED_UP else found
-    if not hasattr(home, "shape"):  # `RowGradients` that lie at the owners
-      shard, dense = rows // len(ids), np.zeros_like(table)
-      row_ids = np.asarray(home.row_ids).reshape(len(ids), -1)
-      values = np.asarray(home.values).reshape(len(ids), -1, width)
-      for owner, (here, of) in enumerate(zip(row_ids, values)):
-        dense[owner * shard + here[here < shard]] = of[here < shard]
-      home = dense
-    agree = np.array_equal(found, table[ids]) and np.array_equal(home, expected)
-    if not agree:
+    rows = form(*arguments)
+    rows = rows if what == LOOKED_UP else rows[0]
+    if not np.array_equal(rows, table[ids[..., None]]):
       raise RuntimeError(f"{strategy}, {what}: not what the table holds")
+
+  def turn(form):
+    # Each call is waited for, as in a decoder: collectives of two programs at a
+    # time may wait for each other on a CPU.
+    for _ in range(calls):
+      found = jax.block_until_ready(form(*arguments))
+    return found
+
+  turns = {case: functools.partial(turn, x) for case, x in forms.items()}
+  times = harness.interleaved(turns, repeats=repeats)
+  found: harness.Figures = {name: {} for name in STRATEGIES}
+  for (strategy, what), form in forms.items():
+    taken, sent = times[strategy, what], bytes_sent(form, devices)
+    least = (2 if what == BOTH else 1) * 4 * width * asked["foreign"]
+    ms = {k: taken[k] / calls for k in ("median_ms", "min_ms")}
+    bytes_ = {"sent": sent, "least": least, "wasted": 1 - least / sent}
+    found[strategy][what] = ms | bytes_
+  return {**asked, "capacity": capacity, **found}
 
 
 def on_devices(
@@ -185,26 +221,12 @@ def on_devices(
   width: int,
   repeats: int,
 ) -> harness.Figures:
-  """One record per distribution, number of ids and strategy.
+  """All cases on the devices of this process; arguments as the flags.
 
-  Args:
-    devices: as many as this process has, 2 at least.
-    ids: M of each device.
-    distributions: distributions of the ids, some of `DISTRIBUTIONS`.
-    rows: R, rounded up to a multiple of the devices.
-    width: d, float32.
-    repeats: timed turns of each form; a turn is one call with many ids, and up
-      to 16 with few.
-
-  Returns:
-    `records`: what the ids ask for (`demand`); `capacity`, None where there is
-    none; `calls` of a turn; and for each of `WHAT` `median_ms` and `min_ms` of
-    a call, `sent`, bytes that a device sends, `least`, those that it must, and
-    `wasted`, the share of `sent` above that.
+  A turn is one call with many ids, and up to 16 with few.
 
   Raises:
     InputError: another number of devices, or an unknown distribution.
-    RuntimeError: the strategies disagree.
   """
   count = jax.device_count()
   ok = devices == count >= 2
@@ -212,62 +234,13 @@ def on_devices(
   mesh = sharding.make_mesh(MeshConfig(data=devices))
   rows = sharding.padded_rows(rows, devices)
   table = harness.rng(1).normal(size=(rows, width)).astype(np.float32)
-  placed = jax.device_put(table, NamedSharding(mesh, sharding.TABLE))
-  tokens = NamedSharding(mesh, sharding.TOKENS)
   records = []
-  for distribution in distributions:
-    for number in ids:
-      drawn = draw_ids(distribution, (devices, number), rows)
-      asked = demand(drawn, rows)
-      # Whole numbers, so that sums in any order are equal.
-      gradients = harness.rng(2).integers(-8, 9, (devices, number, 1, width))
-      arguments = (
-        placed,
-        jax.device_put(drawn[..., None], tokens),
-        jax.device_put(gradients.astype(np.float32), tokens),
-      )
-      capacities = dict.fromkeys(STRATEGIES)
-      needed = asked["needed"]
-      capacities["exchange"] = capacity_for(number, devices, needed)
-      forms = {
-        (strategy, what): make_form(mesh, strategy, what, capacities[strategy])
-        .lower(*arguments)
-        .compile()
-        for strategy in STRATEGIES
-        for what in WHAT
-      }
-      check(forms, arguments, table)
-      calls = max(1, min(16, max(ids) // number))
-
-      def turn(form, arguments=arguments, calls=calls):
-        # Each call is waited for, as in a decoder: collectives of two programs
-        # at a time may wait for each other on a CPU.
-        for _ in range(calls):
-          found = jax.block_until_ready(form(*arguments))
-        return found
-
-      cases = {
-        name: lambda form=form: turn(form) for name, form in forms.items()
-      }
-      times = harness.interleaved(cases, repeats=repeats)
-      for strategy in STRATEGIES:
-        record = {
-          "devices": devices,
-          "distribution": distribution,
-          "ids_per_device": number,
-          "strategy": strategy,
-          **{k: asked[k] for k in ("distinct", "needed")},
-          "capacity": capacities[strategy],
-          "calls": calls,
-        }
-        for way, what in enumerate(WHAT, start=1):
-          sent = bytes_sent(forms[strategy, what], devices)
-          least = way * 4 * width * asked["foreign"]
-          taken = times[strategy, what]
-          ms = {k: taken[k] / calls for k in ("median_ms", "min_ms")}
-          bytes_ = {"sent": sent, "least": least, "wasted": 1 - least / sent}
-          record[what] = ms | bytes_
-        records.append(record)
+  for distribution, number in itertools.product(distributions, ids):
+    drawn = draw_ids(distribution, (devices, number), rows)
+    calls = max(1, min(16, max(ids) // number))
+    found = in_turns(mesh, table, drawn, calls=calls, repeats=repeats)
+    case = {"devices": devices, "distribution": distribution, "ids": number}
+    records.append({**case, "calls": calls, **found})
   return {"records": records}
 
 
@@ -282,26 +255,19 @@ def measure(*, devices: Sequence[int], **sizes: Any) -> harness.Figures:
 
 
 def tables(result: harness.Figures) -> list[str]:
-  cases: dict[tuple, harness.Figures] = {}
-  for r in result["records"]:
-    key = r["devices"], r["distribution"], r["ids_per_device"]
-    case = cases.setdefault(key, {"case": f"{key[0]}, {key[1]}", "ids": key[2]})
-    case[r["strategy"]] = r
-  first = {"devices, ids": "case", "ids a device": "ids"}
-  found = []
+  case = {"ids": "distribution", "devices": "devices", "ids a device": "ids"}
+  texts = []
   for what in WHAT:
     ms = {name: f"{name}.{what}.median_ms" for name in STRATEGIES}
-    title = f"{what}: ms"
-    found.append(harness.table(first | ms, cases.values(), title=title))
-    paths = {name: (name, "sent") for name in STRATEGIES}
-    paths["least"] = "exchange", "least"
-    kib = {
-      header: lambda c, name=name, key=key, what=what: c[name][what][key] / 1024
-      for header, (name, key) in paths.items()
-    }
-    title = f"{what}: KiB that a device sends"
-    found.append(harness.table(first | kib, cases.values(), title=title))
-  return [*found, result["note"]]
+    sent = {name: f"{name}.{what}.sent" for name in STRATEGIES}
+    sent["least"] = f"exchange.{what}.least"
+    kib = {name: harness.scaled(path, 1024) for name, path in sent.items()}
+    for title, columns in (("ms", ms), ("KiB that a device sends", kib)):
+      title = f"{what}: {title}"
+      texts.append(
+        harness.table(case | columns, result["records"], title=title)
+      )
+  return [*texts, result["note"]]
 
 
 BENCHMARK = harness.Benchmark(measure, tables, FLAGS)

@@ -1,13 +1,16 @@
 """A training step against the number of rows: time, and peak memory.
 
   python -m experiments.benchmarks.table_scaling
-  python -m experiments.benchmarks.table_scaling --devices=8
+  python -m experiments.benchmarks.table_scaling --devices=8 --dense_rows= \
+    --head_dim=16 --rows=100_000,1_000_000,10_000_000,100_000_000 \
+    --out=experiments/results/table_scaling_mesh.json
 
 The whole step of `training.step`, on a small transformer with one Engram
 layer: hash, lookup, forward, backward, AdamW, and lazy Adam on touched rows. It
-is compared with `dense`: the gradient of the whole table through the lookup,
-and optax's Adam on all of it. (A larger model hides more of what a larger table
-costs; with --hidden_size=16 there is next to nothing to hide behind.)
+is compared with `dense`, the same with the gradient of the whole table and
+optax's Adam on all of it (`memory.row_sparse.dense`). A larger model hides more
+of what a larger table costs; with --hidden_size=16 there is next to nothing to
+hide behind.
 
 To reach: the step at 2e7 rows at most 1.2 times the step at 1e5; peak memory at
 most three tables (the rows and two moments) plus what the smallest needs.
@@ -19,25 +22,23 @@ that take turns in one process; the peak of a line from a process of its own.
 With --devices the table lies over that many simulated devices, which split the
 batch, and rows travel between them (`memory.exchange`). They share the cores of
 this machine: the figures say how the step grows with the table, not how fast a
-mesh is. Its rows are narrower, so that 1e8 of them and their moments fit into
-its memory; what is compared with is the smallest table, not `dense`.
+mesh is. Rows of 16 and their moments take 192 bytes, 1e8 of them 18 GiB; what
+is compared with is the smallest table, not `dense`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from engram_jax import sharding
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig
 from engram_jax.errors import require
+from engram_jax.memory.row_sparse import dense
 from engram_jax.run_config import MeshConfig, TrainConfig
-from engram_jax.training.losses import cross_entropy
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_train_step
@@ -65,17 +66,12 @@ FLAGS = {
   "repeats": (15, "Timed steps of each."),
   **SIZES,
 }
-#: 16 wide, a row and its moments take 192 bytes: 1e8 of them 18 GiB.
-ON_A_MESH = {
-  "rows": ["100_000", "1_000_000", "10_000_000", "100_000_000"],
-  "dense_rows": [],
-  "head_dim": 16,
-  "out": str(harness.RESULTS / "table_scaling_mesh.json"),
-}
 
 
-def make_setup(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
-  """The training of a small transformer with about so many rows."""
+def make_setup(
+  form: str, rows: int, *, devices: int = 1, **sizes: int
+) -> TrainSetup:
+  """The training of a small transformer with about so many rows, in a form."""
   heads, width = sizes["heads"], sizes["hidden_size"]
   found = jax.device_count()
   valid = f"1, or this process's {found}"
@@ -112,72 +108,14 @@ def make_setup(rows: int, *, devices: int = 1, **sizes: int) -> TrainSetup:
   )
   # One of several is a run without a mesh, on the first.
   mesh = sharding.make_mesh(MeshConfig()) if devices > 1 else None
-  return models.make_setup(model, train, mesh=mesh)
+  adam = optax.scale_by_adam(train.adam_b1, train.adam_b2, train.adam_eps)
+  optimizer = dense(adam) if form == "dense" else None
+  return models.make_setup(model, train, mesh=mesh, row_optimizer=optimizer)
 
 
-def table_adam(setup: TrainSetup) -> optax.GradientTransformation:
-  """Adam over whole tables, for a learning rate of 1."""
-  train = setup.train
-  return optax.adam(1.0, b1=train.adam_b1, b2=train.adam_b2, eps=train.adam_eps)
-
-
-def make_dense_step(setup: TrainSetup) -> Callable:
-  """The step without the library's idea: differentiate through the lookup.
-
-  The same loss, clipping and rates; `table_states` are optax's.
-  """
-  train, adam = setup.train, table_adam(setup)
-
-  def loss(params, tables, balance, batch):
-    rows = setup.lookup(tables, batch).rows
-    model = nnx.merge(setup.graphdef, params, balance)
-    out = model(batch["inputs"], rows, breaks=batch["breaks"])
-    mask = batch["loss_mask"]
-    total = cross_entropy(out.logits, batch["targets"], mask)
-    return total / jnp.maximum(jnp.sum(mask), 1)
-
-  def step(state: TrainState, batch):
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
-      state.params, state.tables, state.balance, batch
-    )
-    norm = optax.global_norm(gradients)
-    clip = jnp.minimum(1.0, train.clip_norm / norm)
-    by_params, by_tables = jax.tree.map(lambda g: g * clip, gradients)
-    rate = setup.schedule(state.step)
-    updates, opt_state = setup.optimizer.update(
-      by_params, state.opt_state, state.params
-    )
-    moves, table_states = {}, {}
-    for layer, by_table in by_tables.items():
-      moves[layer], table_states[layer] = adam.update(
-        by_table, state.table_states[layer]
-      )
-    table_rate = rate * train.table_learning_rate_multiplier
-
-    def moved(arrays, updates, rate):
-      updates = jax.tree.map(lambda u: u * rate, updates)
-      return optax.apply_updates(arrays, updates)
-
-    state = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      params=moved(state.params, updates, rate),
-      opt_state=opt_state,
-      tables=moved(state.tables, moves, table_rate),
-      table_states=table_states,
-    )
-    return state, {"loss": value, "grad_norm": norm}
-
-  return jax.jit(step, donate_argnums=0)
-
-
-def make_state(setup: TrainSetup, form: str) -> TrainState:
+def make_state(setup: TrainSetup) -> TrainState:
   """The state of a run, every page of it real."""
   state = setup.init_state()
-  if form == "dense":
-    init = jax.jit(table_adam(setup).init)
-    states = {layer: init(table) for layer, table in state.tables.items()}
-    state = dataclasses.replace(state, table_states=states)
   tables, states = harness.resident((state.tables, state.table_states))
   return dataclasses.replace(state, tables=tables, table_states=states)
 
@@ -209,9 +147,7 @@ def in_turns(
 
   Args:
     runs: (form, rows) of each; the form is one of `TABLES`.
-    devices: 1, or as many as this process has, which then share each table.
-    repeats: timed steps of each.
-    **sizes: all of `SIZES`.
+    devices: 1, or as many as this process has; the others as the flags.
 
   Returns:
     `records`, one per run: `form`, `rows`, `table_mib`, the times of
@@ -234,18 +170,15 @@ def in_turns(
   harness.require_memory("rows", [rows for _, rows in runs], needed)
   cases, records = {}, []
   for i, (form, rows) in enumerate(runs):
-    setup = make_setup(rows, devices=devices, **sizes)
+    setup = make_setup(form, rows, devices=devices, **sizes)
     batches = models.make_batches(setup, 16)
     record = {"form": form, "rows": setup.memory.num_rows[LAYER]}
     record["table_mib"] = round(record["rows"] * width / harness.MIB, 1)
-    if form == "dense":
-      step = make_dense_step(setup)
-    else:
-      capacity = room(setup, batches)
-      step = make_train_step(setup, capacity=capacity)
-      record |= {"capacity": capacity} if devices > 1 else {}
+    capacity = room(setup, batches)
+    step = make_train_step(setup, capacity=capacity)
+    record |= {"capacity": capacity} if devices > 1 else {}
     records.append(record)
-    cases[i] = models.steps(step, make_state(setup, form), batches)
+    cases[i] = models.steps(step, make_state(setup), batches)
   times = harness.interleaved(cases, repeats=repeats)
   for i, record in enumerate(records):
     metrics = cases[i]()
@@ -319,14 +252,12 @@ def tables(result: harness.Figures) -> list[str]:
   for i, header in enumerate(("ms below", "ms above")):
     columns[header] = lambda pair, i=i: pair["records"][i]["median_ms"]
   return [
-    harness.table(dict(zip(names, names)), result["lines"], title=title),
+    harness.table(names, result["lines"], title=title),
     harness.table(columns, result["pairs"]),
   ]
 
 
-BENCHMARK = harness.Benchmark(
-  measure, tables, FLAGS, when={"devices": ON_A_MESH}
-)
+BENCHMARK = harness.Benchmark(measure, tables, FLAGS)
 
 if __name__ == "__main__":
   harness.run(BENCHMARK)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -37,9 +36,10 @@ from engram_jax.run_config import DataConfig, ExperimentConfig
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import loop
 from engram_jax.training.divergence import DivergedError
-from engram_jax.training.evaluation import losses_by_memory
+from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.runs import RunFolder
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.stopping import StoppedError
 from experiments.lab import corpora
@@ -58,6 +58,9 @@ class Run:
     group: what is compared; the runs of a group differ in their seeds alone.
     config: everything that determines the training.
     labels: what the study wants to know of the run later, such as its share.
+    init_from: digest of the run whose weights and tokenizer it starts from,
+      and whose checkpoints were kept; empty for none.
+    init_step: step of that run's checkpoint; None for its last.
   """
 
   group: str
@@ -65,6 +68,8 @@ class Run:
   labels: dict[str, Any] = dataclasses.field(
     default_factory=dict, compare=False
   )
+  init_from: str = ""
+  init_step: int | None = None
 
   @property
   def seed(self) -> int:
@@ -77,12 +82,14 @@ class Run:
 
   @property
   def digest(self) -> str:
-    """Hex digest of the config; of the text its name, not its place."""
+    """Hex digest of config and start; of the text its name, not its place."""
     config = to_dict(self.config)
     data = config["data"]
     if data["folder"]:
       data["folder"] = pathlib.Path(data["folder"]).parent.name
     del data["data_dir"]
+    if self.init_from:
+      config["init_from"] = [self.init_from, self.init_step]
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -127,12 +134,6 @@ class Laboratory:
   def __init__(self, scale: Scale, folder: pathlib.Path):
     self.scale, self.folder = scale, folder
     self._corpora: dict[str, corpora.Corpus] = {}
-    # Runs that differ in their seed alone are compiled once.
-    cache = str(folder / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if scale.name == "smoke":  # nearly all of its time is compilation
-      jax.config.update("jax_disable_most_optimizations", True)
 
   # --- text ---
 
@@ -192,13 +193,21 @@ class Laboratory:
       DivergedError: it has diverged.
       StoppedError: a signal has stopped it.
     """
-    folder = self.folder / "runs" / run.digest
-    data = prepare(run.config.data)
+    folder, source = self.folder / "runs" / run.digest, None
+    if run.init_from:
+      source = RunFolder.of(self.folder / "runs" / run.init_from)
+    data = prepare(run.config.data, tokenizer_path=source and source.tokenizer)
     train = run.config.train
     have, valid = data.splits["train"].tokens, "a text that is longer"
     text = f"{run.tokens:,} of {have:,}: tokens would be seen twice"
     require(run.tokens + train.seq_len < have, "tokens", text, valid)
-    result = loop.run(run.config, folder, progress=False)
+    result = loop.run(
+      run.config,
+      folder,
+      init_from=source and source.path,
+      init_step=run.init_step,
+      progress=False,
+    )
     if not result.finished:
       raise StoppedError("stopped; run again to continue")
     return Trained(
@@ -210,12 +219,18 @@ class Laboratory:
       folder=folder,
     )
 
-  def losses(self, trained: Trained) -> dict[str, dict[str, float]]:
+  def losses(
+    self, trained: Trained, *, modes: Sequence[str] = ("on",)
+  ) -> dict[str, dict[str, float]]:
     """Nats per token by memory mode, on windows spread over held-out text.
+
+    Args:
+      trained: the model.
+      modes: uses of the memory, of `MEMORY_MODES`.
 
     Returns:
       `validation` (the text's own held-out part) and `prose` (the second
-      corpus, never trained on), each with the losses of `losses_by_memory`.
+      corpus, never trained on), each with the loss of every mode.
     """
     prose = dataclasses.replace(
       self.data_config(self.corpus("prose")), validation_percent=1
@@ -224,19 +239,27 @@ class Laboratory:
       prose, tokenizer_path=trained.data.tokenizer_path, both_splits=False
     )
     return {
-      "validation": self.losses_on(trained, trained.data, "validation"),
-      "prose": self.losses_on(trained, other, "all"),
+      "validation": self.losses_on(
+        trained, trained.data, "validation", modes=modes
+      ),
+      "prose": self.losses_on(trained, other, "all", modes=modes),
     }
 
   def losses_on(
-    self, trained: Trained, data: PreparedData, split: str
+    self,
+    trained: Trained,
+    data: PreparedData,
+    split: str,
+    *,
+    modes: Sequence[str] = ("on",),
   ) -> dict[str, float]:
-    """`losses_by_memory` on windows spread over a split.
+    """Nats per token by memory mode, on windows spread over a split.
 
     Args:
       trained: the model.
       data: a text with the model's tokenizer.
       split: `train`, `validation` or `all`.
+      modes: uses of the memory, of `MEMORY_MODES`.
     """
     train = trained.config.train
 
@@ -250,7 +273,12 @@ class Laboratory:
       )
 
     store = TableStore(trained.tables) if trained.tables else None
-    return losses_by_memory(trained.setup, trained.model, store, batches)
+    return {
+      mode: mean_loss(
+        trained.setup, trained.model, store, batches(), memory=mode
+      )
+      for mode in modes
+    }
 
   # --- measuring ---
 

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import flags
 
 from engram_jax.config_dicts import to_dict
@@ -133,9 +134,18 @@ class Study:
 
 
 def open_laboratory(scale: str, folder: str | None = None) -> Laboratory:
-  """The laboratory of a scale, in its own folder or the default one."""
+  """The laboratory of a scale, in its own folder or the default one.
+
+  Sets JAX's compilation cache for this process: runs that differ in their seed
+  alone are compiled once.
+  """
   place = pathlib.Path(folder or ROOT / "runs/lab" / scale)
-  return Laboratory(scale_of(scale), place.expanduser().absolute())
+  place = place.expanduser().absolute()
+  jax.config.update("jax_compilation_cache_dir", str(place / "jax_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  if scale == "smoke":  # nearly all of its time is compilation
+    jax.config.update("jax_disable_most_optimizations", True)
+  return Laboratory(scale_of(scale), place)
 
 
 def default_out(study: str, lab: Laboratory) -> pathlib.Path:

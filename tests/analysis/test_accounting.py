@@ -100,6 +100,21 @@ CASES = {
     "engram_rows_per_head": (30,),
     "engram_layers": (0,),
   },
+  "unigrams too": {
+    "engram_rows_per_head": (20, 30, 40),
+    "engram_smallest_order": 1,
+  },
+  "no gate, biases": {"engram_gate": False, "engram_projection_bias": True},
+  "one key": {
+    "engram_per_stream_keys": False,
+    "streams": 3,
+    "engram_streams": 3,
+  },
+  "input average": {
+    "engram": dataclasses.replace(
+      MEMORY, fusion="input_average", layers=(0,), short_conv=False
+    ),
+  },
 }
 
 

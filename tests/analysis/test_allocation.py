@@ -149,6 +149,18 @@ def test_a_share_is_reached_at_the_same_total(share, streams):
   assert abs(found - share) <= 0.6 * step
 
 
+def test_unigrams_get_their_share_too():
+  sizes = dict(smallest_order=1, rows_per_head=(20, 50, 90))
+  layout = dataclasses.replace(MEMORY, **sizes)
+  swapped = swap_experts_for_memory(MANY, 0.5, engram=layout)
+  assert swapped.engram.smallest_order == 1
+  unigrams, bigrams, trigrams = swapped.engram.rows_per_head
+  assert unigrams < bigrams < trigrams
+  found = share_remainder(MANY, 0.5, engram=layout)
+  assert abs(found["share"] - 0.5) < 0.02
+  assert abs(found["remainder"]) < 0.01 * found["total_experts"]
+
+
 def test_a_share_is_moved_both_ways():
   """From a model with memory, to less of it and to more."""
   half = swap_experts_for_memory(MANY, 0.5, engram=MEMORY)

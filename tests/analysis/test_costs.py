@@ -90,6 +90,7 @@ def forward_products(config) -> int:
     {"moe": None, "engram": None, "tie_embeddings": False},
     {"scan_blocks": True},
     {"streams": 3, "engram": dataclasses.replace(MEMORY, streams=3)},
+    {"engram": dataclasses.replace(MEMORY, gate=False)},
   ],
   ids=lambda changes: ", ".join(changes) or "all",
 )

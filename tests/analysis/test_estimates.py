@@ -182,11 +182,11 @@ def test_without_loops_the_seconds_are_xlas(topology):
   code = f"""
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from experiments.compile_for_pod import devices_of
+from engram_jax.analysis.ahead_of_time import tpu_devices
 from engram_jax.analysis.compiled import cost
 from engram_jax.analysis.estimates import RATES, work
 
-devices = devices_of("{topology}")
+devices = tpu_devices("{topology}")
 place = NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
 rates = RATES["{topology[:3]}"]
 

@@ -12,6 +12,8 @@ OPTIONS = {
   "unigrams": dict(smallest_order=1, rows_per_head=(60,), conv_dilation=None),
   "unigrams too": dict(smallest_order=1, rows_per_head=(50, 60, 70)),
   "one row": dict(addressing="one_row"),
+  "no gate": dict(gate=False),
+  "input average": dict(fusion="input_average", layers=(0,), short_conv=False),
 }
 
 

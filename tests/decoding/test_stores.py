@@ -1,4 +1,4 @@
-"""Decoding from any home of the rows, with the bits of the tables' own."""
+"""Decoding from any location of the rows, with the bits of the tables' own."""
 
 import concurrent.futures
 import dataclasses
@@ -23,25 +23,25 @@ from engram_jax.stores.row_files import write_row_file
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7, 8, 9], [20], [3, 1, 4]]
-HOMES = ("device", "pinned", "host", "file")
+LOCATIONS = ("device", "pinned", "host", "file")
 STEPS, CAPACITY = 4, 16
 
 
 @pytest.fixture
-def open_home(tiny_wide, tmp_path):
-  """Opens the model's rows in one of the homes."""
+def store_at(tiny_wide, tmp_path):
+  """Opens the model's rows in one of the locations."""
 
-  def open_it(home, name="float32", *, rows=0, tiny=tiny_wide):
+  def open_it(location, name="float32", *, rows=0, tiny=tiny_wide):
     tables, digest = tiny.tables, tiny.compression.digest
     packed, row_format = pack_tables(tables, tiny.hashing, name)
-    if home == "file":
+    if location == "file":
       path = tmp_path / "rows"
       chunks = {layer: [x] for layer, x in packed.items()}
       header = Header(row_format, tiny.hashing.num_rows, tiny.hashing, digest)
       write_row_file(path, chunks, header)
-      home, tables, name = f"file:{path}", None, None
+      location, tables, name = f"file:{path}", None, None
     return open_store(
-      home,
+      location,
       tables,
       tiny.hashing,
       row_format=name,
@@ -106,35 +106,35 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("home", HOMES)
-def test_every_home_gives_the_bits_of_the_tables(
-  tiny_wide, open_home, resident, home, prefetch
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_every_location_gives_the_bits_of_the_tables(
+  tiny_wide, store_at, resident, location, prefetch
 ):
-  store = open_home(home)
+  store = store_at(location)
   with decoder_of(tiny_wide, store, prefetch=prefetch) as decoder:
     assert_same(bits(decoder), resident("float32"))
   # A compiled program reads those on the device, and counts nothing.
-  on_host = home in ("host", "file")
+  on_host = location in ("host", "file")
   assert store.statistics.reads == (1 + STEPS if on_host else 0)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "fp8", "int8"])
 def test_every_format_gives_the_bits_of_tables_of_its_numbers(
-  tiny_wide, open_home, resident, name
+  tiny_wide, store_at, resident, name
 ):
-  with decoder_of(tiny_wide, open_home("host", name)) as decoder:
+  with decoder_of(tiny_wide, store_at("host", name)) as decoder:
     found = bits(decoder)
   assert_same(found, resident(name))
-  packed = decoder_of(tiny_wide, open_home("device", name))
+  packed = decoder_of(tiny_wide, store_at("device", name))
   assert_same(bits(packed), found)
   assert any((x != y).any() for x, y in zip(found, resident("float32")))
 
 
 @pytest.mark.parametrize("rows", [1, 9, 1000])
-def test_a_cache_before_a_home_changes_nothing(
-  tiny_wide, open_home, resident, rows
+def test_a_cache_before_a_location_changes_nothing(
+  tiny_wide, store_at, resident, rows
 ):
-  store = open_home("file", "fp8", rows=rows)
+  store = store_at("file", "fp8", rows=rows)
   with decoder_of(tiny_wide, store) as decoder:
     found = bits(decoder)
   assert_same(found, resident("fp8"))
@@ -143,9 +143,9 @@ def test_a_cache_before_a_home_changes_nothing(
 
 
 def test_the_step_is_compiled_once_whatever_is_read(
-  tiny_wide, open_home, compiled
+  tiny_wide, store_at, compiled
 ):
-  decoder = decoder_of(tiny_wide, open_home("host"), prefetch=False)
+  decoder = decoder_of(tiny_wide, store_at("host"), prefetch=False)
   bits(decoder)
   state = decoder.init_state(3, CAPACITY)
   with compiled() as count:
@@ -157,8 +157,8 @@ def test_the_step_is_compiled_once_whatever_is_read(
     assert count("lower_blocks") == count("upper_blocks") == 1
 
 
-def test_threads_share_a_decoder(tiny_wide, open_home):
-  alone = decoder_of(tiny_wide, open_home("host"), prefetch=False)
+def test_threads_share_a_decoder(tiny_wide, store_at):
+  alone = decoder_of(tiny_wide, store_at("host"), prefetch=False)
   prompts = [[5, 6, 7, 8, 9]], [[9, 3, 1, 4]]
 
   def first_logits(decoder, prompt):
@@ -185,9 +185,9 @@ def test_threads_share_a_decoder(tiny_wide, open_home):
 
 
 @pytest.fixture(params=["tables", "host"])
-def decoder(request, tiny_wide, open_home):
+def decoder(request, tiny_wide, store_at):
   on_host = request.param == "host"
-  store = open_home("host") if on_host else tiny_wide.store
+  store = store_at("host") if on_host else tiny_wide.store
   return decoder_of(tiny_wide, store, prefetch=False)
 
 
@@ -257,13 +257,13 @@ def test_without_a_memory_any_id_of_the_model_is_a_token(tiny_plain):
     decoder.start(decoder.init_state(1, 8), np.array([28]))
 
 
-def test_generate_takes_a_store(tiny_wide, open_home):
+def test_generate_takes_a_store(tiny_wide, store_at):
   options = {"max_new_tokens": 5, "key": KEY, "temperature": 1.5}
   expected = generate_all(*tiny_wide.parts, PROMPTS, **options)
   parts = tiny_wide.model, tiny_wide.memory
   for prefetch in (True, False):
     options["prefetch"] = prefetch
-    found = generate_all(*parts, open_home("host"), PROMPTS, **options)
+    found = generate_all(*parts, store_at("host"), PROMPTS, **options)
     assert found == expected
   assert not threads()
 
@@ -290,10 +290,10 @@ class Failing:
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_failing_store_is_heard_of_and_leaves_no_thread(
-  tiny_wide, open_home, prefetch
+  tiny_wide, store_at, prefetch
 ):
   steps = generate(
-    *(tiny_wide.model, tiny_wide.memory, Failing(open_home("host"))),
+    *(tiny_wide.model, tiny_wide.memory, Failing(store_at("host"))),
     PROMPTS,
     max_new_tokens=9,
     key=KEY,
@@ -306,9 +306,9 @@ def test_a_failing_store_is_heard_of_and_leaves_no_thread(
   assert not threads()
 
 
-def test_whoever_stops_early_leaves_no_thread(tiny_wide, open_home):
+def test_whoever_stops_early_leaves_no_thread(tiny_wide, store_at):
   steps = generate(
-    *(tiny_wide.model, tiny_wide.memory, open_home("host")),
+    *(tiny_wide.model, tiny_wide.memory, store_at("host")),
     PROMPTS,
     max_new_tokens=9,
     key=KEY,
@@ -343,42 +343,42 @@ def test_the_history_on_the_host_hashes_as_that_on_the_device(tiny_wide):
   assert on_host.dtype == np.int32 and on_host.shape == (4, 2)
 
 
-def test_refusals_by_name(tiny, tiny_wide, open_home):
+def test_refusals_by_name(tiny, tiny_wide, store_at):
   def refused(match):
     return pytest.raises(InputError, match=match)
 
   with refused("store: disk; valid: device, pinned, host or file:PATH"):
-    open_store("disk", tiny_wide.tables, tiny_wide.hashing)
+    store_at("disk", tiny_wide.tables, tiny_wide.hashing)
   with refused("row file: .*nowhere; valid: an existing file"):
-    open_store("file:nowhere", None, tiny_wide.hashing)
+    store_at("file:nowhere", None, tiny_wide.hashing)
   with refused("tables: None; valid: the tables to be kept on host"):
-    open_store("host", None, tiny_wide.hashing)
+    store_at("host", None, tiny_wide.hashing)
   with refused("width: 4; valid: a positive multiple of 32 for fp8"):
-    open_store("host", tiny.tables, tiny.hashing, row_format="fp8")
+    store_at("host", tiny.tables, tiny.hashing, row_format="fp8")
   with refused("cache_bytes: -1; valid: 0 for none"):
-    open_store("host", tiny.tables, tiny.hashing, cache_bytes=-1)
+    store_at("host", tiny.tables, tiny.hashing, cache_bytes=-1)
   with refused("capacity_bytes: 5; valid: at least 32 bytes, a row in each"):
-    open_store("host", tiny.tables, tiny.hashing, cache_bytes=5)
+    store_at("host", tiny.tables, tiny.hashing, cache_bytes=5)
 
   loud = {i: x.at[3, 1].set(jnp.inf) for i, x in tiny_wide.tables.items()}
   for name in ("fp8", "int8", "bfloat16", "float32"):
     with refused("rows: inf; valid: finite numbers"):
-      open_store("host", loud, tiny_wide.hashing, row_format=name)
+      store_at("host", loud, tiny_wide.hashing, row_format=name)
   with refused("verify: True; valid: a store that is file:PATH: host has no"):
-    open_store("host", tiny.tables, tiny.hashing, verify=True)
+    store_at("host", tiny.tables, tiny.hashing, verify=True)
 
-  path = open_home("file", "int8").file.path
+  path = store_at("file", "int8").file.path
   content = bytearray(path.read_bytes())
   content[-5000] ^= 1  # a row's
   damaged = path.with_name("damaged")
   damaged.write_bytes(content)
-  open_store(f"file:{damaged}", None, tiny_wide.hashing)
+  store_at(f"file:{damaged}", None, tiny_wide.hashing)
   with refused(r"of .*damaged"):
-    open_store(f"file:{damaged}", None, tiny_wide.hashing, verify=True)
+    store_at(f"file:{damaged}", None, tiny_wide.hashing, verify=True)
   with refused("row_format: fp8; valid: int8, the file's, or none"):
-    open_store(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
+    store_at(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
   with refused("compression_digest of .*rows: "):
-    open_store(
+    store_at(
       f"file:{path}", None, tiny_wide.hashing, compression_digest="0" * 64
     )
   other = NgramHash.create(
@@ -390,12 +390,12 @@ def test_refusals_by_name(tiny, tiny_wide, open_home):
     seed=1,
   )
   with refused(r"hash\.multipliers of .*rows: .*; valid: "):
-    open_store(f"file:{path}", None, other)
+    store_at(f"file:{path}", None, other)
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
-    decoder_of(tiny, open_home("host"))
+    decoder_of(tiny, store_at("host"))
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
     generate(
-      *(tiny.model, tiny.memory, open_home("host")),
+      *(tiny.model, tiny.memory, store_at("host")),
       PROMPTS,
       max_new_tokens=1,
       key=KEY,

@@ -85,8 +85,8 @@ def compiled(mesh, strategy, capacity):
       rows, plan = exchange.lookup(
         tables, ids, strategy=strategy, capacity=capacity
       )
-      home = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
-      return rows, plan.needed, home
+      owned = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
+      return rows, plan.needed, owned
 
   return run
 
@@ -94,7 +94,7 @@ def compiled(mesh, strategy, capacity):
 def there_and_back(
   mesh, tables, ids, gradients, *, strategy="exchange", capacity=None
 ):
-  """Rows, what was needed, and gradients at home."""
+  """Rows, what was needed, and gradients at their owners."""
   return compiled(mesh, strategy, capacity)(
     place(tables, mesh, sharding.TABLE),
     place(ids, mesh, sharding.TOKENS),
@@ -104,13 +104,13 @@ def there_and_back(
 
 @pytest.mark.parametrize("strategy", exchange.STRATEGIES)
 def test_rows_and_gradients(auto_mesh, strategy, tables, ids, gradients):
-  rows, _, home = there_and_back(
+  rows, _, owned = there_and_back(
     auto_mesh, tables, ids, gradients, strategy=strategy
   )
   for layer, table in tables.items():
     np.testing.assert_array_equal(rows[layer], table[ids[layer]])
     wanted = jnp.zeros_like(table).at[ids[layer]].add(gradients[layer])
-    np.testing.assert_allclose(dense(home[layer], layer), wanted, atol=2e-5)
+    np.testing.assert_allclose(dense(owned[layer], layer), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("strategy", exchange.STRATEGIES)
@@ -177,13 +177,13 @@ def test_bfloat16_rows(auto_mesh, tables, gradients):
   ids = {i: IDS["zipf"](i, rows) for i, rows in NUM_ROWS.items()}
   tables = {i: t.astype(jnp.bfloat16) for i, t in tables.items()}
   gradients = {i: g.astype(jnp.bfloat16) for i, g in gradients.items()}
-  rows, _, home = there_and_back(auto_mesh, tables, ids, gradients)
+  rows, _, owned = there_and_back(auto_mesh, tables, ids, gradients)
   for layer, table in tables.items():
     assert rows[layer].dtype == jnp.bfloat16
     np.testing.assert_array_equal(rows[layer], table[ids[layer]])
     wanted = jnp.zeros(table.shape).at[ids[layer]].add(gradients[layer])
     # Duplicates of one device travel as one float32 sum.
-    np.testing.assert_allclose(dense(home[layer], layer), wanted, atol=2e-5)
+    np.testing.assert_allclose(dense(owned[layer], layer), wanted, atol=2e-5)
 
 
 def test_lazy_adam_where_the_rows_live(auto_mesh, tables, gradients):
@@ -197,9 +197,9 @@ def test_lazy_adam_where_the_rows_live(auto_mesh, tables, gradients):
   def step(tables, states, gradients):
     with sharding.use(auto_mesh):
       _, plan = exchange.lookup(tables, row_ids, strategy="exchange")
-      home = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
+      owned = exchange.reduce_row_gradients(plan, gradients, num_rows=NUM_ROWS)
       return {
-        i: exchange.update(optimizer, tables[i], states[i], home[i], 0.1)
+        i: exchange.update(optimizer, tables[i], states[i], owned[i], 0.1)
         for i in tables
       }
 

@@ -1,5 +1,7 @@
 """Config files that are none: one clear line each, whatever they raise."""
 
+import sys
+
 import pytest
 from absl import flags
 
@@ -60,6 +62,27 @@ def test_the_field_that_a_config_refuses_is_named(tmp_path):
   path.write_text("from experiments.configs.preset import get_config")
   with pytest.raises(Exception, match=r"^preset: nope; valid: one of "):
     parse(f"{path}:nope")
+
+
+@pytest.mark.parametrize(
+  "argument, line",
+  [
+    (
+      "--config.nope=1",
+      "config.nope: 1; valid: a field of config: name, steps",
+    ),
+    ("--noconfig.nope", "config.nope: given; valid: a field of config: name, "),
+    ("--config.steps.a.b=x", "config.steps.a.b: x; valid: a field of a group "),
+  ],
+)
+def test_a_field_that_there_is_not(tmp_path, monkeypatch, argument, line):
+  path = tmp_path / "good.py"
+  path.write_text(GOOD)
+  monkeypatch.setattr(sys, "argv", ["program", f"--config={path}", argument])
+  with pytest.raises(Exception, match=f"^{line}"):
+    parse(path)
+  monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--config.steps=7"])
+  assert parse(path).steps == 1  # the flag of the field comes later
 
 
 @pytest.mark.parametrize("name, why", [("", "directory"), ("a.py", "get_conf")])

@@ -10,8 +10,6 @@ import pytest
 
 from engram_jax.errors import InputError
 from experiments.benchmarks import (
-  compile_time,
-  engram_module,
   harness,
   hash,
   larger_than_memory,
@@ -75,6 +73,9 @@ def test_table_of_records():
     "1      4",
     "-      6",
   ]
+  assert harness.table(["c"], records).splitlines() == ["c", "-", "2", "3"]
+  found = [harness.scaled("a.b", 4)(record) for record in records]
+  assert found == [0.25, None]
 
 
 def test_targets_are_told():
@@ -92,34 +93,23 @@ def test_targets_are_told():
 
 # --- children ---
 
-MODULE = {name: default for name, (default, _) in engram_module.SIZES.items()}
-
-
-def in_turns(**changes):
-  sizes = {**MODULE, "hidden_size": 8, "length": 8, **changes}
-  return harness.in_child(engram_module.in_turns, repeats=1, **sizes)
+HASH = dict(tokens=[32], length=32, repeats=1)
 
 
 def test_child_measures_and_tells_its_peak():
-  answer = in_turns(rows_per_head=[11], lines=["hash"])
-  assert set(answer) == {"records", "peak_mib"}
+  answer = harness.in_child(hash.measure, **HASH)
+  assert set(answer) == {"targets", "records", "peak_mib"}
   assert 10 < answer["peak_mib"] < 10_000
 
 
 def test_child_refuses_as_its_parent_would():
-  with pytest.raises(InputError, match=r"^lines: nothing; valid: of hash"):
-    in_turns(rows_per_head=[11], lines=["nothing"])
+  with pytest.raises(InputError, match=r"^tokens: 33; valid: a multiple of"):
+    harness.in_child(hash.measure, **HASH | {"tokens": [33]})
 
 
 def test_child_that_fails_says_why():
   with pytest.raises(RuntimeError, match="no_such_argument"):
-    harness.in_child(compile_time.compile_once, no_such_argument=1)
-
-
-def test_child_is_given_up_in_time():
-  fields = dict(preset="tiny", layers=6, batch=1, length=8, form="unrolled")
-  answer = harness.in_child(compile_time.compile_once, timeout=1, **fields)
-  assert answer is None
+    harness.in_child(hash.measure, no_such_argument=1)
 
 
 def test_number_of_simulated_devices(monkeypatch):
@@ -169,8 +159,7 @@ def measure(**config):
   return {"targets": {"x": harness.target(1.0, at_most=2.0)}}
 
 flags = {"words": (["a"], "."), "rates": ([1.0], "."), "on": (False, ".")}
-when = {"on": {"rates": [5.0], "words": ["z"]}}
-benchmark = harness.Benchmark(measure, lambda result: ["table"], flags, when)
+benchmark = harness.Benchmark(measure, lambda result: ["table"], flags)
 sys.modules["__main__"].__spec__ = sys.modules["json"].__spec__
 harness.run(benchmark)
 """
@@ -178,7 +167,7 @@ harness.run(benchmark)
   for name, given in {
     "default": [],
     "given": ["--words=a,b", "--words=c", "--rates=2,3"],
-    "other": ["--on", "--rates=4"],
+    "other": ["--on", "--rates=4", "--words="],
   }.items():
     out = tmp_path / f"{name}.json"
     command = [sys.executable, "-c", code, *given, f"--out={out}"]
@@ -191,13 +180,23 @@ harness.run(benchmark)
   assert found == {
     "default": {"words": ["a"], "rates": [1.0], "on": False},
     "given": {"words": ["a", "b", "c"], "rates": [2.0, 3.0], "on": False},
-    "other": {"words": ["z"], "rates": [4.0], "on": True},
+    "other": {"words": [], "rates": [4.0], "on": True},
   }
 
 
 @pytest.mark.parametrize(
   "name, flags, message",
   [
+    (
+      "table_scaling",
+      ["--rows=5,b"],
+      "rows: 5,b; valid: integers separated by commas",
+    ),
+    (
+      "offload",
+      ["--delays_ms="],
+      "delays_ms: none; valid: one or more latencies",
+    ),
     (
       "table_scaling",
       ["--rows=5"],
@@ -211,38 +210,33 @@ harness.run(benchmark)
     ),
     (
       "table_scaling",
-      ["--devices=3"],  # and what else is the default with it
+      ["--devices=3", "--dense_rows="],
       "batch: 8; valid: a multiple of devices = 3",
     ),
-    (
-      "compile_time",
-      ["--layers=3"],
-      "layers: 3; valid: 6 or more, with a memory at the second block and the "
-      "middle",
-    ),
+    ("hash", ["--out=/proc"], "out: /proc; valid: a file: this is a folder"),
     (
       "offload",
-      ["--quick", "--prompts=3"],
-      "prompts: 3; valid: a multiple of the batch, 2",
+      ["--preset=tiny", "--prompts=3"],
+      "prompts: 3; valid: a multiple of the batch, 8",
     ),
   ],
 )
 def test_programs_refuse_in_one_line(name, flags, message, tmp_path):
-  done = program(name, *flags, f"--out={tmp_path}/x.json")
+  done = program(name, f"--out={tmp_path}/x.json", *flags)
   assert done.returncode == 2, done.stderr
   assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["offload", "offload_higher"])
-def test_pictures_are_made_of_committed_results(name, tmp_path):
+@pytest.mark.parametrize(
+  "name, benchmark",
+  [
+    ("offload", offload),
+    ("offload_higher", offload),
+    ("larger_than_memory", larger_than_memory),
+  ],
+)
+def test_pictures_are_made_of_committed_results(name, benchmark, tmp_path):
   result = json.loads((harness.RESULTS / f"{name}.json").read_text())
-  offload.picture(result, tmp_path / "x.png")
-  assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_picture_of_the_committed_file_larger_than_memory(tmp_path):
-  path = harness.RESULTS / "larger_than_memory.json"
-  result = json.loads(path.read_text())
-  larger_than_memory.picture(result, tmp_path / "x.png")
+  harness.draw(benchmark.PICTURE, result, tmp_path / "x.json")
   assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

@@ -16,7 +16,12 @@ from engram_jax.stores.program_stores import DeviceStore, TableStore
 from engram_jax.stores.quantization import RowFormat
 from engram_jax.stores.row_file_headers import Header
 from engram_jax.stores.row_files import write_row_file
-from experiments.benchmarks import fixtures, larger_than_memory, offload
+from experiments.benchmarks import (
+  fixtures,
+  harness,
+  larger_than_memory,
+  offload,
+)
 from tests.experiments.micro import experiment
 
 PROMPTS = dict(prompts=4, shortest=3, longest=9, batch=2, new_tokens=3)
@@ -65,21 +70,21 @@ def test_every_figure_is_there(subject, row_format, tmp_path, packed):
     "resident",
     "host",
     "host, prefetch",
-    "pinned",
-    "pinned, prefetch",
     "file",
     "file, prefetch",
+    "pinned",
+    "pinned, prefetch",
   ]
   assert cases["resident"]["decode_ratio"] == 1
   assert [point["delay_ms"] for point in result["latency"]] == [0, 5]
   assert set(result["targets"]) == {
-    f"{home}, {phase}"
-    for home in ("host", "file")
+    f"{location}, {phase}"
+    for location in ("host", "file")
     for phase in ("prefill", "decode")
   }
   text = "\n\n".join(offload.tables(result))
   assert "file, prefetch" in text and "latency, ms" in text
-  offload.picture(result, tmp_path / "offload.png")
+  harness.draw(offload.PICTURE, result, tmp_path / "offload.json")
   assert (tmp_path / "offload.png").stat().st_size > 10_000
 
 
@@ -133,7 +138,8 @@ def test_throughput_against_the_cache(large, tmp_path):
     assert 0 <= some[name]["hit_rate"] <= 1
   about = dict(file_gib=1.0, machine_gib=1.0, anonymous_mib=1.0, mapped_mib=1.0)
   result |= about
-  larger_than_memory.picture(result, tmp_path / "plot.png")
+  harness.draw(larger_than_memory.PICTURE, result, tmp_path / "plot.json")
+  assert (tmp_path / "plot.png").stat().st_size > 10_000
   assert "hit rate" in "\n".join(larger_than_memory.tables(result))
 
 

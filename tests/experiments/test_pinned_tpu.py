@@ -57,11 +57,11 @@ def tiny():
   return nnx.merge(setup.graphdef, params, balance), setup.memory, tables
 
 
-def steps_of(tiny, home, name):
+def steps_of(tiny, location, name):
   """Logits of a prompt's chunk and two tokens, in one program each."""
   model, memory, tables = tiny
   packed, row_format = pack_tables(tables, memory.hashing, name)
-  store = pinned_tpu.STORES[home](packed, row_format)
+  store = pinned_tpu.STORES[location](packed, row_format)
   model = for_decoding(model)
   state = init_state(model, memory, batch=2, capacity=16)
   logits = []
@@ -97,10 +97,10 @@ def test_the_steps_are_those_of_a_table_decoder(tiny, name):
       np.testing.assert_array_equal(found, logits)
 
 
-@pytest.mark.parametrize("home", list(pinned_tpu.STORES))
-def test_compiles_from_shapes_alone(home):
+@pytest.mark.parametrize("location", list(pinned_tpu.STORES))
+def test_compiles_from_shapes_alone(location):
   record = pinned_tpu.compile_step(
-    micro(), device=jax.local_devices()[0], home=home, tokens=3, **SIZES
+    micro(), device=jax.local_devices()[0], location=location, tokens=3, **SIZES
   )
   assert json.loads(json.dumps(record)) == record
   rows = sum(micro_setup().memory.num_rows.values())
@@ -112,11 +112,19 @@ def test_compiles_from_shapes_alone(home):
   assert arguments == pytest.approx(sum(sizes), abs=100)
 
 
-def record(home, **more):
+def record(location, **more):
   """Of 4 GiB of tables, on a chip of 2."""
   chip = {"topology": "v5e:2x2", "hbm_gib": 2}
   sizes = dict(tables_bytes=2**32, model_bytes=2**30, state_bytes=2**20)
-  return {"preset": "p", **chip, "home": home, "tokens": 1, **sizes, **more}
+  sizes["tables"] = 1
+  return {
+    "preset": "p",
+    **chip,
+    "location": location,
+    "tokens": 1,
+    **sizes,
+    **more,
+  }
 
 
 def test_says_what_fits_and_where_the_tables_are():
@@ -128,22 +136,23 @@ def test_says_what_fits_and_where_the_tables_are():
     memory={"argument": 2**30, "temp": 2**29},
     host_memory={"argument": 2**32 + 512, "temp": 0},
   )
-  assert pinned_tpu.holds_tables(pinned, tables=1)
-  for wrong in (-1, 1024):
-    host = {"argument": 2**32 + wrong, "temp": 0}
-    assert not pinned_tpu.holds_tables({**pinned, "host_memory": host}, 1)
-  pinned["host_holds_tables"] = True
   records = [record("device", fits=False, refusal="Ran out of HBM"), pinned]
-  result = {"records": records, "verdict": pinned_tpu.verdict(records)}
-  table, aims = pinned_tpu.tables(result)
-  refused, fitting, reason = table.splitlines()[3:]
-  assert "host_holds_tables: True" in aims
+  table, reason = pinned_tpu.tables({"records": records})
+  refused, fitting = table.splitlines()[3:]
   assert "NO, 2" in refused and "yes, 2" in fitting
-  assert ["1.000", "0.500", "4.000", "0.000"] == fitting.split()[-6:-2]
+  assert ["1", "0.5", "4", "0"] == fitting.split()[-6:-2]
   assert reason == "p on v5e:2x2, 1 tokens, device: Ran out of HBM"
-  assert set(pinned_tpu.verdict(records).values()) == {True}
+  assert reached(records) == [True, True, True]
+  for wrong in (-1025, 1025):
+    host = {"argument": 2**32 + wrong, "temp": 0}
+    assert reached([{**pinned, "host_memory": host}]) == [True, False, True]
+  assert reached([{**pinned, "copies_of_tables": 1}]) == [True, True, False]
   records.append(record("pinned", fits=False, refusal="no"))
-  assert not pinned_tpu.verdict(records)["every_pinned_step_compiles"]
+  assert reached(records) == [False, True, True]
+
+
+def reached(records):
+  return [one["reached"] for one in pinned_tpu.targets(records).values()]
 
 
 @needs_libtpu
@@ -157,10 +166,10 @@ from tests.experiments.test_pinned_tpu import micro
 device = devices_of("v5e:2x2")[0]
 for width, name in ((32, "fp8"), (128, "int8"), (128, "float32")):
   record = pinned_tpu.compile_step(
-    micro(width), device=device, home="pinned", tokens=1, batch=2, capacity=16,
-    row_format=name)
+    micro(width), device=device, location="pinned", tokens=1, batch=2,
+    capacity=16, row_format=name)
   assert record["fits"] and record["copies_of_tables"] == 0, record
-  assert pinned_tpu.holds_tables(record, tables=1), record
+  assert pinned_tpu.host_bytes_besides(record) < pinned_tpu.ROUNDED, record
 """
   subprocess.run(
     [sys.executable, "-c", code],

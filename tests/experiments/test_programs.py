@@ -209,7 +209,7 @@ def row_file(finished, tmp_path_factory):
   return path
 
 
-def test_evaluate_from_any_home(finished, row_file, program, tmp_path):
+def test_evaluate_from_any_location(finished, row_file, program, tmp_path):
   def losses_of(*options):
     out = tmp_path / "out.json"
     done = program(
@@ -231,7 +231,7 @@ def test_evaluate_from_any_home(finished, row_file, program, tmp_path):
   assert rounded["off"] == expected["off"]
 
 
-def test_generate_from_any_home(finished, row_file, program):
+def test_generate_from_any_location(finished, row_file, program):
   def generated(*options):
     done = program(
       "generate",

@@ -149,6 +149,9 @@ OPTIONS = {
   "biases": {"projection_bias": True},
   "no convolution": {"short_conv": False},
   "no root": {"signed_sqrt": False},
+  "no gate": {"gate": False},
+  "no gate, no convolution": {"gate": False, "short_conv": False},
+  "one key": {"per_stream_keys": False, "projection_bias": True},
   "other taps": {"conv_kernel_size": 3, "conv_dilation": 2},
 }
 
@@ -237,6 +240,42 @@ def test_starts_as_the_gated_value_alone():
   expected = fused.gates[..., None] * value[:, :, None]
   np.testing.assert_allclose(fused.update, expected, rtol=1e-6, atol=1e-6)
   assert fused.gates.min() > 0 and fused.gates.max() < 1
+
+
+def test_without_a_gate_the_whole_value_is_added():
+  settings = config(gate=False, short_conv=False)
+  engram, (hidden, rows) = trained(settings), inputs(settings)
+  breaks = jnp.zeros((2, 17), jnp.int8).at[:, 4].set(Break.NON_TEXT)
+  fused = engram.fuse(hidden, rows, breaks=breaks)
+  assert engram.projection.shape == (20, 1, 12)
+  value = rows.reshape(2, 17, -1) @ engram.projection[:, 0]
+  is_text = (breaks == 0)[..., None]
+  np.testing.assert_array_equal(
+    fused.gates, jnp.broadcast_to(is_text, fused.gates.shape)
+  )
+  expected = jnp.where(is_text, value, 0)[:, :, None]
+  np.testing.assert_allclose(
+    fused.update,
+    jnp.broadcast_to(expected, hidden.shape),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+def test_one_key_is_the_same_key_for_every_stream():
+  shared = trained(config(per_stream_keys=False, projection_bias=True))
+  assert shared.projection.shape == (20, 2, 12)
+  hidden, rows = inputs(shared.config)
+  one = shared.params()
+  each = one._replace(
+    projection=one.projection[:, jnp.array([0, 0, 1])],
+    projection_bias=one.projection_bias[jnp.array([0, 0, 1])],
+  )
+  found = fuse(one, hidden, rows, dilation=3)
+  expected = fuse(each, hidden, rows, dilation=3)
+  np.testing.assert_allclose(found.gates, expected.gates, rtol=1e-5)
+  np.testing.assert_allclose(found.update, expected.update, rtol=1e-4)
+  assert (found.gates[:, :, 0] != found.gates[:, :, 1]).any()
 
 
 def test_every_projection_starts_at_the_scale_of_the_rows():

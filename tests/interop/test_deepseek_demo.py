@@ -135,6 +135,9 @@ def test_refuses_by_name():
   refused(moved, case, r"^multi_head_embedding\.offsets: \[1, ")
   refused(weights, case, r"^projection_bias: False", projection_bias=False)
   refused(weights, case, r"^short_conv: False", short_conv=False)
+  refused(weights, case, r"^gate: False; valid: True, as in the", gate=False)
+  refused(weights, case, r"^per_stream_keys: ", per_stream_keys=False)
+  refused(weights, case, r"^addressing: one_row", addressing="one_row")
   refused(weights, case, r"^conv_dilation: 7", conv_dilation=7)
   refused(weights, case, r"^layer: 999; valid: one of", layer=999)
 

@@ -159,6 +159,8 @@ def test_the_safetensors_library_reads_it(tmp_path, trained):
     (dict(projection_bias=True), r"^projection_bias: True"),
     (dict(signed_sqrt=False), r"^signed_sqrt: False"),
     (dict(seed=1), r"^seed: 1; valid: 0"),
+    (dict(smallest_order=1), r"^smallest_order: 1; valid: 2, as in the rel"),
+    (dict(gate=False), r"^gate: False; valid: True"),
     (dict(key_norm_eps=1e-6), r"^key_norm_eps: 1e-06; valid: query_norm_eps"),
     (dict(rows_per_head=(50, 60)), r"^rows_per_head: \(50, 60\); valid: one"),
   ],

@@ -69,6 +69,15 @@ def test_it_is_compression_and_hash_in_one(tokenizer):
   chex.assert_trees_all_equal(found, jax.tree.map(np.int32, on_host))
 
 
+def test_every_token_may_be_its_own(tokenizer):
+  own = dataclasses.replace(CONFIG, compress=False)
+  memory = Memory.create(own, tokenizer)
+  assert memory.compression == TokenCompression.identity(7)
+  compression = TokenCompression.from_tokenizer(tokenizer)
+  with pytest.raises(InputError, match=r"^compression\.size: \d; valid: 7 "):
+    Memory.from_compression(own, compression)
+
+
 def test_a_tokenizer_may_be_named_by_its_path(tokenizer, tmp_path):
   path = tmp_path / "tokenizer.json"
   tokenizer.save(str(path))
@@ -124,14 +133,14 @@ def test_lookup_reads_the_rows_of_the_ids(memory):
   assert found.capacity is None and found.capacity_needed is None
 
 
-@pytest.mark.parametrize("home", ["device", "host"])
-def test_lookup_reads_a_store_alike(memory, home):
+@pytest.mark.parametrize("location", ["device", "host"])
+def test_lookup_reads_a_store_alike(memory, location):
   tables = memory.init_tables(jax.random.key(0))
-  store = memory.open_store(home, tables)
+  store = memory.open_store(location, tables)
   found = memory.lookup(store, TOKENS, breaks=BREAKS)
   expected = memory.lookup(tables, TOKENS, breaks=BREAKS)
   chex.assert_trees_all_equal(found.rows, expected.rows)
-  if home == "device":
+  if location == "device":
     inside = jax.jit(lambda x: memory.lookup(store, x, breaks=BREAKS))(TOKENS)
     chex.assert_trees_all_equal(inside.rows, expected.rows)
   else:

@@ -328,8 +328,8 @@ for name, optimizer in OPTIMIZERS.items():
   for strategy in exchange.STRATEGIES:
     def step(many, state, ids, values):
       _, plan = exchange.lookup({1: many}, {1: ids}, strategy=strategy)
-      home = exchange.reduce_row_gradients(plan, {1: values}, num_rows={1: 80})
-      return exchange.update(optimizer, many, state, home[1], 0.1)
+      owned = exchange.reduce_row_gradients(plan, {1: values}, num_rows={1: 80})
+      return exchange.update(optimizer, many, state, owned[1], 0.1)
     with jax.set_mesh(mesh):
       by_rows = lambda x: jax.device_put(x, jax.NamedSharding(
         mesh, sharding.TABLE if x.ndim and x.shape[0] == 80 else jax.P()))
@@ -410,7 +410,29 @@ def test_optax_on_rows_touched_at_every_step_is_the_dense_form(name, own_rate):
 def test_what_couples_rows_is_refused(name):
   match = "^row_sparse transformation: (couples rows|state of shape)"
   with pytest.raises(InputError, match=match):
-    row_sparse(COUPLING[name]())
+    row_sparse(COUPLING[name]()).init(table())
+
+
+def test_a_transformation_is_tried_before_it_is_used():
+  tried = []
+
+  def update(gradients, state, params=None):
+    tried.append(gradients.shape)
+    return gradients, state
+
+  quiet = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  optimizer = row_sparse(quiet)
+  jax.eval_shape(optimizer.init, table())  # shapes alone want no trial
+  assert tried == []
+  optimizer.init(table())
+  first = len(tried)
+  assert first > 0
+  optimizer.init(table())
+  optimizer.update(table(), optax.EmptyState(), gradients([1]), 0.1)
+  assert len(tried) == first + 1  # the trial is not repeated
+  coupling = row_sparse(optax.clip_by_global_norm(1.0))
+  with pytest.raises(InputError, match=r"^row_sparse transformation: couples"):
+    coupling.update(table(), optax.EmptyState(), gradients([1]), 0.1)
 
 
 @pytest.mark.parametrize("name", FACTORED)

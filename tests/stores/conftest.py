@@ -1,4 +1,4 @@
-"""A store in each of the homes."""
+"""A store in each of the locations."""
 
 import jax.numpy as jnp
 import pytest
@@ -12,16 +12,16 @@ from tests.stores.micro import ROWS, packed_tables
 
 @pytest.fixture
 def make(tmp_path):
-  """Makes a store of the packed tables in one of the homes."""
+  """Makes a store of the packed tables in one of the locations."""
 
-  def make_store(home, name="fp8"):
+  def make_store(location, name="fp8"):
     packed, row_format = packed_tables(name)
-    if home == "device":
+    if location == "device":
       arrays = {layer: jnp.asarray(x) for layer, x in packed.items()}
       return DeviceStore(arrays, row_format)
-    if home == "pinned":
+    if location == "pinned":
       return PinnedStore(packed, row_format)
-    if home == "host":
+    if location == "host":
       return HostStore(packed, row_format)
     header = Header(row_format, ROWS)
     chunks = {layer: [x] for layer, x in packed.items()}

@@ -8,7 +8,7 @@ from engram_jax.stores.store import unpack as unpack_eagerly
 
 ROWS = {1: 300, 14: 211}
 WIDTH = 64
-HOMES = ("device", "pinned", "host", "file")
+LOCATIONS = ("device", "pinned", "host", "file")
 unpack = jax.jit(unpack_eagerly, static_argnums=(1, 2))
 
 

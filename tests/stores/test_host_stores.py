@@ -10,9 +10,9 @@ from engram_jax.stores.store import Buffers, to_device
 from tests.stores.micro import ROWS, packed_tables, row_ids
 
 
-@pytest.mark.parametrize("home", ["host", "file"])
-def test_rows_are_distinct_and_come_in_few_shapes(make, home):
-  store, packed = make(home), packed_tables()[0]
+@pytest.mark.parametrize("location", ["host", "file"])
+def test_rows_are_distinct_and_come_in_few_shapes(make, location):
+  store, packed = make(location), packed_tables()[0]
   shapes = set()
   for seed in range(30):
     ids = row_ids(seed)
@@ -32,9 +32,11 @@ def test_rows_are_distinct_and_come_in_few_shapes(make, home):
   assert full.packed[1].shape == (304, 66)
 
 
-@pytest.mark.parametrize("home", ["host", "file"])
-def test_buffers_are_reused_and_what_is_on_the_device_is_not_theirs(make, home):
-  store, buffers = make(home), Buffers()
+@pytest.mark.parametrize("location", ["host", "file"])
+def test_buffers_are_reused_and_what_is_on_the_device_is_not_theirs(
+  make, location
+):
+  store, buffers = make(location), Buffers()
   first = store.read(row_ids(0, (3, 40, 6)), buffers=buffers)
   fresh = store.read(row_ids(0, (3, 40, 6)))
   kept = to_device(first)
@@ -50,9 +52,9 @@ def test_buffers_are_reused_and_what_is_on_the_device_is_not_theirs(make, home):
   np.testing.assert_array_equal(larger.packed[1], expected.packed[1])
 
 
-@pytest.mark.parametrize("home", ["host", "file"])
-def test_threads_read_at_once(make, home):
-  store, packed, wrong = make(home), packed_tables()[0], []
+@pytest.mark.parametrize("location", ["host", "file"])
+def test_threads_read_at_once(make, location):
+  store, packed, wrong = make(location), packed_tables()[0], []
 
   def work(seed):
     buffers = Buffers()

@@ -73,13 +73,13 @@ def alive():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("home", [host, "device"])
-def test_many_fetches_under_way_keep_their_rows(home, threads):
-  if home == "device":
+@pytest.mark.parametrize("location", [host, "device"])
+def test_many_fetches_under_way_keep_their_rows(location, threads):
+  if location == "device":
     tables = {i: jnp.asarray(x) for i, x in packed_tables().items()}
     store = DeviceStore(tables, FORMAT)
   else:
-    store = home()
+    store = location()
   with Prefetcher(store, threads=threads, depth=4) as prefetcher:
     # All results are held: none may lie in memory that a later read takes.
     fetches = [prefetcher.submit(ids_of(seed)) for seed in range(12)]

@@ -17,9 +17,9 @@ from engram_jax.stores.store import unpack as unpack_eagerly
 from tests.stores.micro import packed_tables, row_ids, same_bits, unpack
 
 
-@pytest.mark.parametrize("home", ["device", "pinned"])
-def test_a_program_reads_and_unpacks_in_one(make, home):
-  store, ids = make(home), row_ids()
+@pytest.mark.parametrize("location", ["device", "pinned"])
+def test_a_program_reads_and_unpacks_in_one(make, location):
+  store, ids = make(location), row_ids()
 
   @jax.jit
   def rows_of(ids):
@@ -43,11 +43,11 @@ def test_pinned_tables_stay_in_host_memory(make):
 def test_a_pinned_table_in_a_layout_is_put_there_by_pieces():
   (device, *_) = jax.local_devices()
   layout = Layout(major_to_minor=(0, 1), tiling=((1,),))
-  home = Format(layout, pinned.pinned_format(device).sharding)
+  place = Format(layout, pinned.pinned_format(device).sharding)
   packed, _ = packed_tables()
   # Several pieces, the last a short one.
-  table = pinned.pin(packed[14], home, rows_at_a_time=100)
-  assert table.format == home
+  table = pinned.pin(packed[14], place, rows_at_a_time=100)
+  assert table.format == place
   np.testing.assert_array_equal(table, packed[14])
   ids = row_ids()[14]
   found = pinned.gather_on_host(table, jnp.asarray(ids))

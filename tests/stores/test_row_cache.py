@@ -43,18 +43,18 @@ def cached(rows, store=None):
   return CachedStore(store, capacity_bytes=rows * SIZE * len(ROWS))
 
 
-@pytest.mark.parametrize("home", ["host", "device"])
+@pytest.mark.parametrize("location", ["host", "device"])
 @pytest.mark.parametrize("capacity", [1, 7, 1000])
-def test_rows_are_those_of_the_store_to_the_bit(capacity, home):
+def test_rows_are_those_of_the_store_to_the_bit(capacity, location):
   packed = tables()
   store = HostStore(packed, FORMAT)
-  if home == "device":
+  if location == "device":
     arrays = {layer: jnp.asarray(x) for layer, x in packed.items()}
     store = DeviceStore(arrays, FORMAT)
   cache, buffers = cached(capacity, store), Buffers()
   assert cache.capacity == {i: min(capacity, r) for i, r in ROWS.items()}
   assert cache.layers == store.layers and cache.row_format == FORMAT
-  # Batches and single steps in turn; both kinds of home pad differently.
+  # Batches and single steps in turn; both kinds of location pad differently.
   for seed in range(8):
     ids = row_ids(seed, (1, 1, 6) if seed % 2 else (2, 9, 6))
     found = cache.read(ids, buffers=buffers)

@@ -1,4 +1,4 @@
-"""Row stores: one reading from every home, equal to the lookup in a table."""
+"""Row stores: read alike at every location, equal to a lookup in a table."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from engram_jax.stores.program_stores import DeviceStore
 from engram_jax.stores.quantization import FORMATS, RowFormat, unpack_rows
 from engram_jax.stores.store import PackedRows, ReadStatistics
 from tests.stores.micro import (
-  HOMES,
+  LOCATIONS,
   ROWS,
   WIDTH,
   packed_tables,
@@ -23,9 +23,9 @@ from tests.stores.micro import (
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("home", HOMES)
-def test_rows_are_those_of_the_lookup_bit_for_bit(make, home, name, dtype):
-  store, ids = make(home, name), row_ids()
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_rows_are_those_of_the_lookup_bit_for_bit(make, location, name, dtype):
+  store, ids = make(location, name), row_ids()
   found = unpack(store.read(ids), store.row_format, dtype)
   assert list(found) == list(ROWS)
   packed, row_format = packed_tables(name)
@@ -34,16 +34,16 @@ def test_rows_are_those_of_the_lookup_bit_for_bit(make, home, name, dtype):
     same_bits(rows, lookup(table, jnp.asarray(ids[layer])))
 
 
-@pytest.mark.parametrize("home", HOMES)
-def test_a_store_says_what_it_holds_and_what_it_read(make, home):
-  store, ids = make(home), row_ids()
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_a_store_says_what_it_holds_and_what_it_read(make, location):
+  store, ids = make(location), row_ids()
   assert store.layers == tuple(ROWS) and store.num_rows == ROWS
   assert store.row_format == RowFormat("fp8", WIDTH)
   assert store.statistics == ReadStatistics()
   store.read(ids)
   asked = sum(x.size for x in ids.values())
   read = asked
-  if home in ("host", "file"):
+  if location in ("host", "file"):
     read = sum(len(np.unique(x)) for x in ids.values())
     assert read < asked / 2
   assert store.statistics == (1, asked, read, 66 * read)
@@ -52,9 +52,9 @@ def test_a_store_says_what_it_holds_and_what_it_read(make, home):
   assert store.statistics.rows_asked == asked + ids[14][:1].size
 
 
-@pytest.mark.parametrize("home", HOMES)
-def test_ids_of_any_shape_and_kind(make, home):
-  store, packed = make(home), packed_tables()[0]
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_ids_of_any_shape_and_kind(make, location):
+  store, packed = make(location), packed_tables()[0]
   for shape in ((), (2, 0, 3), (4, 5, 3, 2)):
     ids = {1: np.full(shape, 7, np.int64)}
     found = unpack(store.read(ids), store.row_format)[1]
@@ -66,9 +66,9 @@ def test_ids_of_any_shape_and_kind(make, home):
   assert store.read({}) == PackedRows({}, {})
 
 
-@pytest.mark.parametrize("home", HOMES)
-def test_what_the_store_does_not_have_is_refused_by_name(make, home):
-  store = make(home)
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_what_the_store_does_not_have_is_refused_by_name(make, location):
+  store = make(location)
   for wrong in (-1, 211):
     ids = {1: np.zeros((1, 1, 2), int), 14: np.array([[[0, wrong]]])}
     with pytest.raises(

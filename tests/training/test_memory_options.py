@@ -21,6 +21,8 @@ OPTIONS = {
   "one row": dict(addressing="one_row"),
   "shuffled": dict(addressing="shuffled"),
   "unigrams": dict(smallest_order=1, rows_per_head=(150,)),
+  "no gate": dict(gate=False),
+  "input average": dict(fusion="input_average", short_conv=False),
 }
 
 

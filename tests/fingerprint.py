@@ -1,7 +1,7 @@
 """What the code computes, to the bit, so that a change of it can be compared.
 
-  python -m experiments.fingerprint --out=experiments/results/fingerprint.json
-  python -m experiments.fingerprint \
+  python -m tests.fingerprint --out=experiments/results/fingerprint.json
+  python -m tests.fingerprint \
     --compare=experiments/results/fingerprint.json
 
 Two models, the preset `tiny` and a small one with the parts that the published
@@ -13,21 +13,16 @@ the losses, the losses of an evaluation, and what the trained models say, with
 rows from every kind of store. `--compare` prints a line for each entry that is
 not what the file says, and ends with status 1 if there is one.
 
-The figures are those of one version of JAX on one kind of processor.
-
-What may be renamed is named in the first section alone.
+It is no test: the figures are those of one version of JAX on one kind of
+processor. What may be renamed is named in the first section alone.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from engram_jax import sharding
+from engram_jax import progress, sharding
 from engram_jax.config import ModelConfig
 from engram_jax.decoding.decoders import Decoder
 from engram_jax.decoding.generate import generate_all, pad_prompts
@@ -54,6 +49,7 @@ from engram_jax.training.setup import TrainSetup
 from engram_jax.training.state import flatten
 from engram_jax.training.step import make_train_step
 from experiments import results
+from experiments.benchmarks import harness
 
 # --- the names of the library ---
 
@@ -215,9 +211,6 @@ class Subject:
 
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 _COMPARE = flags.DEFINE_string("compare", None, "JSON file to compare with.")
-_EIGHT = flags.DEFINE_bool(
-  "eight", False, "The part on eight devices alone, which this process has."
-)
 
 GOLDEN = results.ROOT / "tests" / "golden" / "hash.npz"
 PROMPTS = [[5, 6, 7, 8, 9, 300, 301], [20], [3, 1, 4]]
@@ -369,43 +362,23 @@ def of_one_device() -> dict[str, Any]:
   values = golden()
   for name in configs():
     found, subject, state = of_training(name, None)
-    say(f"{name}: trained on one device")
+    progress.say(f"{name}: trained on one device")
     with tempfile.TemporaryDirectory() as folder:
       found |= of_inference(name, subject, state, pathlib.Path(folder))
     values |= {f"{name}/{entry}": value for entry, value in found.items()}
-    say(f"{name}: decoded and evaluated")
+    progress.say(f"{name}: decoded and evaluated")
   return values
 
 
 def of_eight_devices() -> dict[str, Any]:
-  """The training of the same models on all eight devices of this process."""
+  """The training of the same models, in a child with eight devices."""
   values = {}
   for name in configs():
     found, _, _ = of_training(name, EIGHT_DEVICES)
     found = {f"{name}/{entry}": value for entry, value in found.items()}
     values |= {f"eight/{entry}": value for entry, value in found.items()}
-    say(f"{name}: trained on eight devices")
+    progress.say(f"{name}: trained on eight devices")
   return values
-
-
-def in_child() -> dict[str, Any]:
-  """`of_eight_devices` in a process that has them."""
-  count = "--xla_force_host_platform_device_count=8"
-  given = os.environ.get("XLA_FLAGS", "")
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{given} {count}".strip(),
-  }
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / "eight.json"
-    command = [sys.executable, "-m", "experiments.fingerprint", "--eight"]
-    command.append(f"--out={path}")
-    subprocess.run(command, env=environment, cwd=results.ROOT, check=True)
-    return json.loads(path.read_text())["values"]
-
-
-def say(line: str) -> None:
-  print(f"{time.strftime('%X')} {line}", file=sys.stderr, flush=True)
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -420,7 +393,9 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str]) -> int:
   del argv
-  values = of_eight_devices() if _EIGHT.value else of_one_device() | in_child()
+  values, env = of_one_device(), harness.simulated_devices(8)
+  values |= harness.in_child(of_eight_devices, env=env)
+  del values["peak_mib"]  # which `in_child` adds
   if _OUT.value:
     results.write_result(_OUT.value, {"values": values})
   if not _COMPARE.value:
