@@ -51,7 +51,7 @@ from experiments.lab.study import Study, tuned_learning_rate
 #: Prompts that are continued, new tokens of each, and lengths of drafts.
 SIZES = {
   "smoke": (1, 12, (1, 3)),
-  "cpu": (6, 64, (1, 2, 4, 8)),
+  "cpu": (4, 48, (1, 2, 4, 8)),
   "gpu": (24, 128, (1, 2, 4, 8)),
 }
 PROMPT_TOKENS = 24
