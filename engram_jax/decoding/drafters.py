@@ -137,8 +137,11 @@ def memory_logits(
     float32 [B, L, V]; equal ones for rows of zeros.
 
   Raises:
-    InputError: a lens of no layer of the model's.
+    InputError: a lens of no layer of the model's; none, of a model whose fusion
+      has no value projection.
   """
+  fusion, valid = model.config.engram.fusion, "gated, or any with a lens"
+  require(lens is not None or fusion == "gated", "fusion", fusion, valid)
   layers = model.config.engram.layers
   ok = lens is None or set(lens) & set(layers)
   require(ok, "lens", f"layers {list(lens or ())}", f"one of {list(layers)}")
