@@ -366,12 +366,8 @@ def _require_row_wise(
   table = rng.normal(size=_PROBE_SHAPE).astype(np.float32)
   gradients = np.abs(rng.normal(size=_PROBE_SHAPE)).astype(np.float32) + 0.1
   rows = _PROBE_ROWS
-  # Also where this is called under a trace, or by each device of a mesh.
-  nowhere = jax.sharding.AbstractMesh((), ())
-  with (
-    jax.ensure_compile_time_eval(),
-    jax.sharding.use_abstract_mesh(nowhere),
-  ):
+  # Also where this is called under a trace.
+  with jax.ensure_compile_time_eval():
     state = transformation.init(jnp.asarray(table))
     few = jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
     descends = None
