@@ -43,7 +43,10 @@ def _accuracy(
 def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
   """Accuracies by task, length and depth, and the memory's differences."""
   groups = by_group(records)
-  first = next(record for found in groups.values() for record in found)
+  if not groups:
+    finding = "No run is finished."
+    return {"verdict": "too weak to tell", "finding": finding}
+  first = next(iter(groups.values()))[0]
   tasks = tuple(first["accuracy"])
   lengths = tuple(first["accuracy"][tasks[0]])
   depths = tuple(first["accuracy"][tasks[0]][lengths[0]])
