@@ -211,7 +211,6 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         title=f"Mean of the tasks by {axis}",
         xlabel=xlabel,
         ylabel="right answers (%)",
-        log_x=axis == "length",
       )
     )
   draw_panels(
