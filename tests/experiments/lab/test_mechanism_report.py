@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from experiments.lab.labelled_text import BANDS
 from experiments.lab.mechanism_report import analyze, draw
 
 SEEDS, LAYERS, TOKENS, WIDTH = 3, 4, 600, 6
@@ -36,14 +37,23 @@ def record(lab, model, seed, *, lens, states, kept=0.9, stored=1.0):
     "loss": {mode: 3.0 for mode in modes},
     "lens": {"on": [x + noise for x in lens] + [0.0]},
     "depth": {"on": 2.0 + noise},
-    "groups": dict.fromkeys(
-      ("all", "origin", "class", "bigram", "trigram"), found
-    ),
+    "groups": {
+      name: found if name in ("all", "origin", "class") else _as_bands(found)
+      for name in ("all", "origin", "class", "bigram", "trigram")
+    },
     "gates": dict.fromkeys(("class", "bigram", "trigram", "word"), gates)
     if with_memory
     else {},
     "states": path.name,
   }
+
+
+def _as_bands(tree):
+  """The same numbers of groups by frequency."""
+  names = dict(zip(("new", "read", "stored", "both"), BANDS))
+  if not isinstance(tree, dict):
+    return tree
+  return {names.get(k, k): _as_bands(v) for k, v in tree.items()}
 
 
 @pytest.fixture
