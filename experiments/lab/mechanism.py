@@ -36,7 +36,8 @@ from engram_jax.analysis.silencing import (
 )
 from engram_jax.files import whole_file
 from experiments.lab.labelled_text import LabelledText, label_text
-from experiments.lab.mechanism_report import analyze, draw
+from experiments.lab.mechanism_picture import draw
+from experiments.lab.mechanism_report import analyze
 from experiments.lab.runs import Laboratory, Run, Trained
 from experiments.lab.study import Study, tuned_learning_rate
 
