@@ -298,9 +298,8 @@ class MoEConfig:
     expert_size: hidden width of one expert's SwiGLU.
     dispatch: `dense` (plain: every expert sees every token; the oracle),
       `bucketed` (each expert takes at most a capacity; what is over is dropped
-      and counted), `dropless` (each expert sees its own tokens, all of them, by
-      `jax.lax.ragged_dot`: for accelerators, 20 times slower than `bucketed` on
-      CPU).
+      and counted), `dropless` (each expert sees its own tokens, all of them, in
+      sorted blocks on CPU, by `jax.lax.ragged_dot` elsewhere).
     capacity_factor: capacity of a bucket over the mean load; on a mesh both
       are of one device's tokens.
     balance_rate: γ, step of the loss-free balancing bias (arXiv 2408.15664).

@@ -43,6 +43,7 @@ def make(tmp_path):
   for name in ("sh", "touch", "rm", "find", "mkdir", "cp"):
     (tools / name).symlink_to(shutil.which(name))
   inherited = {"PYTHON", "VENV", "ARGS", "JOBS", "CONFIG", "WORKDIR"}
+  inherited |= {"SCALE", "WORKERS"}
   inherited |= {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}
   kept = {k: v for k, v in os.environ.items() if k not in inherited}
   program = shutil.which("make")
@@ -110,6 +111,11 @@ def test_installs_what_the_target_needs(make, calls):
   assert calls() == [
     "A -m pip install --quiet --editable .[docs]",
     "A -m mkdocs build --strict",
+  ]
+  assert make("lab", "SCALE=cpu", "WORKERS=1").returncode == 0
+  assert calls() == [
+    "A -m pip install --quiet --editable .",
+    "A -m experiments.lab --scale=cpu --workers=1",
   ]
 
 

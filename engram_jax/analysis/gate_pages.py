@@ -42,6 +42,7 @@ def gate_pages(
   title: str,
   limits: tuple[float, float],
   dpi: int,
+  label: str,
 ) -> Figure:
   """One page per panel, two in a row, under a title and a colour bar.
 
@@ -51,6 +52,7 @@ def gate_pages(
     title: over the figure.
     limits: gates of the lightest and the darkest colour, ascending.
     dpi: pixels per inch.
+    label: of the colour bar.
 
   Raises:
     InputError: more lines than one picture holds.
@@ -93,8 +95,7 @@ def gate_pages(
   bar_axis.set_ticks(ticks, labels=[f"{x:.{min(decimals, 4)}f}" for x in ticks])
   bar_axis.outline.set_linewidth(0.6)
   bar.tick_params(labelsize=8, length=2, pad=2)
-  text = "gate (1: all of the memory)"
-  caption(_MARGIN + _BAR + 12, _MARGIN + 28.5, text, fontsize=8, va="center")
+  caption(_MARGIN + _BAR + 12, _MARGIN + 28.5, label, fontsize=8, va="center")
 
   for i, (name, values) in enumerate(panels):
     x = _MARGIN + (i % across) * (panel_width + _MARGIN) + _GUTTER

@@ -68,7 +68,9 @@ def _gates(model, token_ids, rows):
   return model(token_ids, rows, dispatch=dispatch).gates
 
 
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+def token_texts(
+  tokenizer: Any, token_ids: Sequence[int] | Int[np.ndarray, "n"]
+) -> list[str]:
   """What each token adds to the text; joined, the pieces are the text.
 
   A token that ends within a character adds nothing: the token that completes

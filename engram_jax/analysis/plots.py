@@ -201,6 +201,7 @@ def plot_gates(
   path: str | os.PathLike[str],
   *,
   title: str = "How far each token opens the gate",
+  label: str = "gate (1: all of the memory)",
   limits: tuple[float, float] | None = None,
   max_columns: int = 88,
 ) -> None:
@@ -212,6 +213,7 @@ def plot_gates(
     gates: per Engram layer [L, G], from `gates.gate_map`.
     path: a .png file to write.
     title: over the picture.
+    label: of the colour bar: other numbers than gates may be shown.
     limits: gates of the lightest and the darkest colour; None for the least
       and the largest gate in the picture.
     max_columns: longer lines are continued on the next.
@@ -243,7 +245,9 @@ def plot_gates(
     limits = (float(shown.min()), float(shown.max()))
     limits = limits if limits[0] < limits[1] else (0.0, 1.0)
   require(limits[0] < limits[1], "limits", limits, "low < high")
-  figure = gate_pages(layout, panels, title=title, limits=limits, dpi=DPI)
+  figure = gate_pages(
+    layout, panels, title=title, limits=limits, dpi=DPI, label=label
+  )
   save_figure(figure, path)
 
 

@@ -2,14 +2,16 @@
 
   y = sum over chosen of g_i FFN_i(x)
 
-Three forms: the plain one, one with a fixed capacity per expert, and one by
-`ragged_dot`. They are for one device; `expert_parallel.py` builds on them for a
+Three forms: the plain one, one with a fixed capacity per expert, and one that
+drops nothing: in sorted blocks on CPU, by `ragged_dot` elsewhere. They are for
+one device; `expert_parallel.py` builds on them for a
 mesh. Axes besides those of `types.py`:
 
   k  experts of a token       A  assignments, T * k, token by token
   F  hidden width of an expert
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -214,7 +216,7 @@ def dispatch_bucketed(
   return from_buckets(out, expert_ids, slots, weights)
 
 
-def dispatch_dropless(
+def dispatch_ragged(
   x: Float[Array, "T D"],
   expert_ids: Int[Array, "T k"],
   weights: Float[Array, "T k"],
@@ -226,7 +228,8 @@ def dispatch_dropless(
 ) -> Float[Array, "T D"]:
   """Drops nothing and computes nothing twice: `jax.lax.ragged_dot`.
 
-  The result is that of `dispatch_dense`.
+  The result is that of `dispatch_dense`. For accelerators: on CPU a ragged
+  product is as many whole ones as there are experts.
 
   Args:
     x: `[T, D]`.
@@ -243,6 +246,101 @@ def dispatch_dropless(
   hidden = hidden * jax.lax.ragged_dot(rows, up, load)
   out = jax.lax.ragged_dot(hidden, down, load)
   return _combine(out[place].reshape(*expert_ids.shape, -1), weights, dtype)
+
+
+def block_size(assignments: int, num_experts: int) -> int:
+  """Assignments of one block: a power of 2 near half an expert's mean load.
+
+  Larger blocks waste products on places that are not filled, smaller ones
+  weights that are read more than once.
+
+  Args:
+    assignments: A.
+    num_experts: E.
+  """
+  mean = max(assignments // num_experts, 1)
+  return min(max(1 << (mean.bit_length() - 1) >> 1, 1), 64)
+
+
+def dispatch_blocks(
+  x: Float[Array, "T D"],
+  expert_ids: Int[Array, "T k"],
+  weights: Float[Array, "T k"],
+  gate: Float[Array, "E D F"],
+  up: Float[Array, "E D F"],
+  down: Float[Array, "E F D"],
+  *,
+  dtype: DTypeLike | None = None,
+) -> Float[Array, "T D"]:
+  """Drops nothing: the assignments, sorted by expert, in blocks of one size.
+
+  Each expert has as many blocks as its load fills, the last one in part, and a
+  block brings its expert's weights along: A / b + E blocks of b are always
+  enough. The result is that of `dispatch_dense`.
+
+  Args:
+    x: `[T, D]`.
+    expert_ids: `[T, k]`, all in 0..E-1.
+    weights: `[T, k]`.
+    gate: `[E, D, F]`, in the dtype of `x`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
+    dtype: dtype of the result; None for that of `x`.
+  """
+  experts, assignments = gate.shape[0], expert_ids.size
+  size = block_size(assignments, experts)
+  blocks = assignments // size + min(experts, assignments)
+  order, place, load, start = _sort_by_expert(expert_ids, experts)
+  ends = jnp.cumsum(-(-load // size))  # of each expert's blocks
+  first = ends - -(-load // size)
+  owner = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+  owner = jnp.minimum(owner, experts - 1)  # of blocks that hold nothing
+  slot = (jnp.arange(blocks) - first[owner])[:, None] * size + jnp.arange(size)
+  source = order.at[start[owner][:, None] + slot].get(mode="clip")
+  filled = (slot < load[owner][:, None])[..., None]  # [n, b, 1]
+  rows = jnp.where(filled, x[source // expert_ids.shape[1]], 0)
+  out = apply_experts(rows, gate[owner], up[owner], down[owner])
+  # Where each assignment's result lies.
+  flat = expert_ids.reshape(-1)
+  at = first[flat] * size + place - start[flat]
+  out = out.reshape(blocks * size, -1)[at]
+  return _combine(out.reshape(*expert_ids.shape, -1), weights, dtype)
+
+
+def dispatch_dropless(
+  x: Float[Array, "T D"],
+  expert_ids: Int[Array, "T k"],
+  weights: Float[Array, "T k"],
+  gate: Float[Array, "E D F"],
+  up: Float[Array, "E D F"],
+  down: Float[Array, "E F D"],
+  *,
+  dtype: DTypeLike | None = None,
+) -> Float[Array, "T D"]:
+  """Each expert on its own tokens, all of them, as the platform does it best.
+
+  `dispatch_blocks` on CPU, `dispatch_ragged` elsewhere; chosen when the program
+  is lowered for a platform.
+
+  Args:
+    x: `[T, D]`.
+    expert_ids: `[T, k]`, all in 0..E-1.
+    weights: `[T, k]`.
+    gate: `[E, D, F]`, in the dtype of `x`.
+    up: `[E, D, F]`.
+    down: `[E, F, D]`.
+    dtype: dtype of the result; None for that of `x`.
+  """
+  return jax.lax.platform_dependent(
+    x,
+    expert_ids,
+    weights,
+    gate,
+    up,
+    down,
+    cpu=functools.partial(dispatch_blocks, dtype=dtype),
+    default=functools.partial(dispatch_ragged, dtype=dtype),
+  )
 
 
 def dispatch_by(

@@ -1,7 +1,8 @@
 """Drafters: what guesses the next tokens of a text for `speculate`.
 
-  prompt_lookup   what followed when the text's last n-gram stood there before
-  table_drafter   what the rows of the last n-grams say, without the backbone
+  prompt_lookup   what followed the text's last n-gram where it stood before
+  corpus_drafter  what mostly followed it in other texts: an n-gram model
+  table_drafter   what its rows in the memory say, without the backbone
   first_of        the first of several that has a draft
 
 The table's draft is LogitLens on what the Engram layers add: with v_t = W_V e_t
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from engram_jax.analysis.collisions import number_tuples
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.speculation import Drafter, DraftRows
 from engram_jax.decoding.weights import DecodingModel
@@ -70,6 +72,56 @@ def prompt_lookup(
   return []
 
 
+def corpus_drafter(
+  texts: Int[np.ndarray, "n L"], *, longest: int = 3
+) -> Drafter:
+  """A drafter by an n-gram cache of other texts, such as the training text's.
+
+  After each n-gram it takes what mostly followed there (of equals the smallest
+  id); of several lengths the longest n-gram that was met counts.
+
+  Args:
+    texts: token ids; no n-gram reaches from one row to the next.
+    longest: tokens of the longest n-gram.
+
+  Raises:
+    InputError: `longest` below 1, or not below L.
+  """
+  valid = f"1 to {texts.shape[1] - 1}: an n-gram and what follows fit into L"
+  require(1 <= longest < texts.shape[1], "longest", longest, valid)
+  followers: dict[tuple[int, ...], int] = {}
+  for order in range(1, longest + 1):
+    windows = np.lib.stride_tricks.sliding_window_view(
+      texts, order + 1, axis=1
+    ).reshape(-1, order + 1)
+    # Each distinct n-gram with each follower once, and how often.
+    numbers = number_tuples([*windows.T])
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    found = windows[first]
+    contexts = number_tuples([*found[:, :-1].T])
+    best = np.lexsort((found[:, -1], -counts, contexts))
+    is_first = np.diff(contexts[best], prepend=-1) != 0
+    for *context, follower in found[best[is_first]].tolist():
+      followers[tuple(context)] = follower
+
+  def draft(
+    text: Sequence[int], limit: int, rows: DraftRows | None
+  ) -> list[int]:
+    del rows
+    tokens = list(text[-longest:])
+    start = len(tokens)
+    for _ in range(limit):
+      contexts = (tuple(tokens[-n:]) for n in range(longest, 0, -1))
+      found = (followers[c] for c in contexts if c in followers)
+      token = next(found, None)
+      if token is None:
+        break
+      tokens.append(token)
+    return tokens[start:]
+
+  return draft
+
+
 def memory_logits(
   model: Transformer, rows: Mapping[int, Rows], lens: Lens | None = None
 ) -> Float[Array, "B L V"]:
@@ -85,9 +137,12 @@ def memory_logits(
     float32 [B, L, V]; equal ones for rows of zeros.
 
   Raises:
-    InputError: a lens of no layer of the model's.
+    InputError: a lens of no layer of the model's; no lens for OverEncoding,
+      whose vectors are parts of an input, not values.
   """
-  layers = model.config.engram.layers
+  layers, fusion = model.config.engram.layers, model.config.engram.fusion
+  valid = "gated, or a lens"
+  require(lens or fusion == "gated", "engram.fusion", fusion, valid)
   ok = lens is None or set(lens) & set(layers)
   require(ok, "lens", f"layers {list(lens or ())}", f"one of {list(layers)}")
   total = None

@@ -26,6 +26,7 @@ STUDIES = (
   "ablation",
   "mechanism",
   "knowledge",
+  "knowledge_editing",
   "speculation",
   "long_context",
 )

@@ -23,6 +23,7 @@ class Lines:
     ylabel: with its unit.
     log_x: logarithmic x axis.
     zero: draw the line y = 0, where there is no difference.
+    ticks: what stands at x = 0, 1, ...; none for numbers.
   """
 
   lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
@@ -31,6 +32,7 @@ class Lines:
   ylabel: str
   log_x: bool = False
   zero: bool = False
+  ticks: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,8 @@ def _draw_lines(axes: Axes, panel: Lines) -> None:
   axes.set_ylabel(panel.ylabel, fontsize=10)
   if panel.log_x:
     axes.set_xscale("log")
+  if panel.ticks:
+    axes.set_xticks(range(len(panel.ticks)), panel.ticks)
   if panel.zero:
     axes.axhline(0, color="0.5", linewidth=0.8)
   ends = []

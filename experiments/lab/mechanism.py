@@ -36,7 +36,8 @@ from engram_jax.analysis.silencing import (
 )
 from engram_jax.files import whole_file
 from experiments.lab.labelled_text import LabelledText, label_text
-from experiments.lab.mechanism_report import analyze, draw
+from experiments.lab.mechanism_picture import draw
+from experiments.lab.mechanism_report import analyze
 from experiments.lab.runs import Laboratory, Run, Trained
 from experiments.lab.study import Study, tuned_learning_rate
 
@@ -99,19 +100,12 @@ def _depths(
   trained: Trained, text: LabelledText, mode: str
 ) -> tuple[list[float], np.ndarray]:
   """Mean lens divergence by depth; states [depths, n, D] at ends of words."""
-
-  @nnx.jit
-  def of(model, rows, batch):
-    inputs, breaks = batch["inputs"], batch["breaks"]
-    states = hidden_states(model, rows, inputs, breaks=breaks)
-    return states, lens_divergences(model, states)
-
   divergences, states = [], []
   for batch in text.batches:
     rows = None
     if trained.memory is not None:
       rows = rows_by_mode(trained.memory, trained.tables, batch, mode=mode)
-    found = jax.device_get(of(trained.model, rows, batch))
+    found = jax.device_get(_look(trained.model, rows, batch))
     state, divergence = (x[:, batch["loss_mask"]] for x in found)
     states.append(state.astype(np.float32))
     divergences.append(divergence)
@@ -120,6 +114,14 @@ def _depths(
   step = max(len(ends) // COMPARED_TOKENS, 1)
   chosen = ends[::step][:COMPARED_TOKENS]
   return mean.tolist(), np.concatenate(states, axis=1)[:, chosen]
+
+
+@nnx.jit
+def _look(model, rows, batch):
+  """Hidden states [depths, B, L, D] and lens divergences [depths, B, L]."""
+  inputs, breaks = batch["inputs"], batch["breaks"]
+  states = hidden_states(model, rows, inputs, breaks=breaks)
+  return states, lens_divergences(model, states)
 
 
 def _of_groups(

@@ -39,6 +39,7 @@ from engram_jax.training.divergence import DivergedError
 from engram_jax.training.evaluation import mean_loss
 from engram_jax.training.locks import locked
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.runs import RunFolder
 from engram_jax.training.setup import TrainSetup
 from engram_jax.training.stopping import StoppedError
 from experiments.lab import corpora
@@ -57,6 +58,9 @@ class Run:
     group: what is compared; the runs of a group differ in their seeds alone.
     config: everything that determines the training.
     labels: what the study wants to know of the run later, such as its share.
+    init_from: digest of the run whose weights and tokenizer it starts from,
+      and whose checkpoints were kept; empty for none.
+    init_step: step of that run's checkpoint; None for its last.
   """
 
   group: str
@@ -64,6 +68,8 @@ class Run:
   labels: dict[str, Any] = dataclasses.field(
     default_factory=dict, compare=False
   )
+  init_from: str = ""
+  init_step: int | None = None
 
   @property
   def seed(self) -> int:
@@ -76,12 +82,14 @@ class Run:
 
   @property
   def digest(self) -> str:
-    """Hex digest of the config; of the text its name, not its place."""
+    """Hex digest of config and start; of the text its name, not its place."""
     config = to_dict(self.config)
     data = config["data"]
     if data["folder"]:
       data["folder"] = pathlib.Path(data["folder"]).parent.name
     del data["data_dir"]
+    if self.init_from:
+      config["init_from"] = [self.init_from, self.init_step]
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -185,13 +193,21 @@ class Laboratory:
       DivergedError: it has diverged.
       StoppedError: a signal has stopped it.
     """
-    folder = self.folder / "runs" / run.digest
-    data = prepare(run.config.data)
+    folder, source = self.folder / "runs" / run.digest, None
+    if run.init_from:
+      source = RunFolder.of(self.folder / "runs" / run.init_from)
+    data = prepare(run.config.data, tokenizer_path=source and source.tokenizer)
     train = run.config.train
     have, valid = data.splits["train"].tokens, "a text that is longer"
     text = f"{run.tokens:,} of {have:,}: tokens would be seen twice"
     require(run.tokens + train.seq_len < have, "tokens", text, valid)
-    result = loop.run(run.config, folder, progress=False)
+    result = loop.run(
+      run.config,
+      folder,
+      init_from=source and source.path,
+      init_step=run.init_step,
+      progress=False,
+    )
     if not result.finished:
       raise StoppedError("stopped; run again to continue")
     return Trained(

@@ -119,6 +119,9 @@ def _scale(name, *, size, blocks, vocab, experts, rows, **sizes) -> Scale:
       top_k=2,
       expert_size=size // 2,
       num_shared=1,
+      # While routing is unbalanced, buckets would drop the experts' tokens, and
+      # the comparison would favour the memory.
+      dispatch="dropless",
       # Ten and a hundred times the paper's: these runs are short.
       balance_rate=0.01,
       balance_loss=0.01,

@@ -110,6 +110,14 @@ def test_text_that_a_font_or_tex_would_trip_over(tmp_path):
   read(tmp_path / "gates.png")
 
 
+def test_other_numbers_than_gates_are_labelled_as_such(tmp_path):
+  path, found = tmp_path / "gates.png", []
+  for options in ({}, {"label": "nats"}):
+    plots.plot_gates(["a", "b"], {0: np.eye(2)[:, :1]}, path, **options)
+    found.append(path.read_bytes())
+  assert found[0] != found[1]
+
+
 def test_smooth_keeps_lines_and_leaves_out_what_is_not_finite():
   line = np.arange(20.0) * -0.5 + 3
   np.testing.assert_allclose(plots.smooth(line, reach=4), line)

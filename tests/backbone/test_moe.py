@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +116,37 @@ def test_layer_equals_the_equations_in_float64():
   np.testing.assert_allclose(
     metrics.balance_loss, 1e-4 * np.mean(losses), rtol=1e-5
   )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(
+  "form", [dispatch.dispatch_blocks, dispatch.dispatch_ragged]
+)
+def test_forms_that_drop_nothing_equal_the_oracle(form, tokens):
+  """Balanced, all on one pair of experts, and with experts that have none."""
+  layer = make()
+  stacks = [w[...] for w in (layer.gate, layer.up, layer.down)]
+  x, (ids, weights) = normal(8, tokens, WIDTH), choose(9, tokens)
+  for chosen in (ids, jnp.zeros_like(ids) + jnp.arange(TOP_K)):
+
+    def total(form, x, weights, *stacks, chosen=chosen):
+      return jnp.sum(jnp.sin(form(x, chosen, weights, *stacks)))
+
+    both = [
+      jax.jit(jax.value_and_grad(functools.partial(total, f), range(5)))(
+        x, weights, *stacks
+      )
+      for f in (form, dispatch.dispatch_dense)
+    ]
+    chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("assignments", "experts", "size"),
+  [(16, 64, 1), (4096, 64, 32), (4096, 8, 64), (12, 2, 2)],
+)
+def test_block_size(assignments, experts, size):
+  assert dispatch.block_size(assignments, experts) == size
 
 
 @pytest.mark.parametrize("num_shared", [0, 1])

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from engram_jax.decoding.drafters import (
+  corpus_drafter,
   first_of,
   memory_logits,
   prompt_lookup,
@@ -202,7 +203,20 @@ def test_prompt_lookup():
     prompt_lookup(text, 4, longest=1, shortest=2)
 
 
-def test_memory_logits_are_those_of_the_values_alone(tiny):
+def test_corpus_drafter_takes_what_mostly_followed():
+  texts = np.array([[1, 2, 3, 1, 2, 4], [1, 2, 4, 5, 3, 9]], np.int32)
+  draft = corpus_drafter(texts, longest=2)
+  # After (1, 2): 3, 4, 4. Then (2, 4): 5, (4, 5): 3, (5, 3): 9; 9 ends a row.
+  assert draft([7, 1, 2], 9, None) == [4, 5, 3, 9]
+  assert draft([7, 1, 2], 2, None) == [4, 5]
+  # (7, 3) was never met; after 3: 1 and 9, once each. No row goes on.
+  assert draft([7, 3], 1, None) == [1]
+  assert draft([7], 1, None) == draft([4, 1, 9], 1, None) == []
+  with pytest.raises(InputError, match="longest: 6"):
+    corpus_drafter(texts, longest=6)
+
+
+def test_memory_logits_are_those_of_the_values_alone(tiny, make_tiny_with):
   rng = np.random.default_rng(0)
   rows = {i: rng.normal(size=(2, 3, 4, 4)).astype(np.float32) for i in (0, 2)}
   rows = jax.tree.map(jnp.asarray, rows)
@@ -232,6 +246,11 @@ def test_memory_logits_are_those_of_the_values_alone(tiny):
   )
   with pytest.raises(InputError, match=r"lens: layers \[1\]"):
     memory_logits(tiny.model, rows, {1: lens[0]})
+  other = make_tiny_with(
+    "conv", fusion="input_average", layers=(0,), short_conv=False
+  )
+  with pytest.raises(InputError, match=r"^engram\.fusion: input_average"):
+    memory_logits(other.model, {0: rows[0]})
 
 
 def test_the_table_drafts_its_own_choices_one_after_another(tiny):

@@ -40,8 +40,8 @@ def given():
 def test_it_is_the_average(module, given):
   hidden, rows = given
   fused = module.fuse(hidden, rows)
-  bigrams = rows[:, :, :2].reshape(2, 6, 10) @ module.projection[:, 0]
-  trigrams = rows[:, :, 2:].reshape(2, 6, 10) @ module.projection[:, 1]
+  bigrams = rows[:, :, :2].reshape(2, 6, 10) @ module.projection[:10]
+  trigrams = rows[:, :, 2:].reshape(2, 6, 10) @ module.projection[10:]
   expected = (hidden + (bigrams + trigrams)[:, :, None]) / 3
   np.testing.assert_allclose(
     hidden + fused.update, expected, rtol=1e-5, atol=1e-6
@@ -74,7 +74,7 @@ def test_configs_that_it_has_no_place_for(changes, match):
     EngramConfig(**FIELDS | changes)
 
 
-def test_refusals_by_name(module, given):
+def test_refusals_by_name(module, given, types_unchecked):
   hidden, rows = given
   with pytest.raises(InputError, match=r"^rows: .*K \* d = 20"):
     module(hidden, rows[:, :, :3])

@@ -76,6 +76,8 @@ def documents(
   words: tuple[int, int],
   count: int,
   split: str = "train",
+  asked: int = 1,
+  first: int = 0,
 ) -> Iterator[Document]:
   """Texts with their question and its answer; every place is equally likely.
 
@@ -84,15 +86,23 @@ def documents(
     words: shortest and longest haystack, in words.
     count: number of texts.
     split: of which split they are; the two have other texts.
+    asked: questions about one text, one after the other, each beginning with
+      another key; of kinds with one key there is one. More of them teach the
+      form in fewer tokens.
+    first: number of the first text; all numbers of a split have other texts.
   """
   low, high = words
   require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
-  for i in range(count):
+  require_integer("asked", asked, low=1, high=config.needles + 1)
+  for i in range(first, first + count):
     rng = stream(config.seed, split, KINDS.index(config.kind), i)
     length = int(rng.integers(low, high + 1))
-    question = _draw(config, rng, words=length, depth=None)
-    name = f"needles/{config.kind}-{split}{i:06}"
-    yield Document(name, split, f"{question.prompt}{question.answer} .\n")
+    text, needles = _draw(config, rng, words=length, depth=None)
+    one_key = config.kind in ("single", "multi_value")
+    for turn in range(1 if one_key else asked):
+      query, answer = _ask(config, needles[turn:] + needles[:turn])
+      text += f"\n{query}{answer} ."
+    yield Document(f"needles/{config.kind}-{split}{i:06}", split, f"{text}\n")
 
 
 def questions(
@@ -115,7 +125,14 @@ def questions(
     kind = KINDS.index(config.kind)
     # The same texts at every depth, but for where the needles lie.
     rng = stream(config.seed, "questions", kind, words, i)
-    yield _draw(config, rng, words=words, depth=depth)
+    text, needles = _draw(config, rng, words=words, depth=depth)
+    query, answer = _ask(config, needles)
+    # Distinct values: a guesser knows that much.
+    left = config.values - np.arange(len(_asked(config, needles)))
+    chance = float(1 / np.prod(left, dtype=float))
+    labels = {"kind": config.kind, "words": words}
+    labels["depth"] = -1.0 if depth is None else float(depth)
+    yield Question(f"{text}\n{query}", answer, "needles", chance, labels)
 
 
 def oracle(prompt: str) -> str:
@@ -134,34 +151,40 @@ def _draw(
   *,
   words: int,
   depth: float | None,
-) -> Question:
+) -> tuple[str, list[tuple[str, str]]]:
+  """The haystack and its needles, key and value, those asked for first."""
   keys, values, fillers = _vocabulary(config)
   needles = 1 if config.kind == "single" else config.needles
-  several = config.kind == "multi_value"
+  one_key = config.kind == "multi_value"
   chosen = rng.choice(len(keys), size=needles, replace=False)
-  names = [keys[chosen[0] if several else i] for i in chosen]
+  names = [keys[chosen[0] if one_key else i] for i in chosen]
   found = [values[i] for i in rng.choice(len(values), needles, replace=False)]
-  depths = draw_depths(rng, needles, depth, after=several)
+  depths = draw_depths(rng, needles, depth, after=one_key)
+  pairs = list(zip(names, found))
+  statements = [f"note {key} : {value} ." for key, value in pairs]
   text = write_haystack(
-    rng,
-    fillers,
-    words=words,
-    statements=[f"note {k} : {v} ." for k, v in zip(names, found)],
-    depths=depths,
+    rng, fillers, words=words, statements=statements, depths=depths
   )
-  asked, answer, guesses = names[:1], f" {found[0]}", 1
-  if several:
-    answer = "".join(f" {value}" for value in found)
-    guesses = needles
-  elif config.kind == "multi_query" and config.asked > 1:
-    asked, guesses = names[: config.asked], config.asked
-    answer = "".join(f" {k} {v}" for k, v in zip(asked, found))
-  # Distinct values: the guesser knows that much.
-  chance = 1 / np.prod(len(values) - np.arange(guesses), dtype=float)
-  labels = {"kind": config.kind, "words": words}
-  labels["depth"] = -1.0 if depth is None else float(depth)
-  prompt = f"{text}\nrecall {' '.join(asked)} :"
-  return Question(prompt, answer, "needles", float(chance), labels)
+  return text, pairs
+
+
+def _asked(
+  config: NeedlesConfig, needles: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+  """The needles of a question, of those whose turn it is."""
+  several = {"multi_value": config.needles, "multi_query": config.asked}
+  return needles[: several.get(config.kind, 1)]
+
+
+def _ask(
+  config: NeedlesConfig, needles: list[tuple[str, str]]
+) -> tuple[str, str]:
+  """The query and its answer."""
+  pairs = _asked(config, needles)
+  if config.kind == "multi_query" and len(pairs) > 1:
+    keys = " ".join(key for key, _ in pairs)
+    return f"recall {keys} :", "".join(f" {k} {v}" for k, v in pairs)
+  return f"recall {pairs[0][0]} :", "".join(f" {v}" for _, v in pairs)
 
 
 @functools.lru_cache

@@ -68,6 +68,8 @@ def documents(
   words: tuple[int, int],
   count: int,
   split: str = "train",
+  asked: int = 1,
+  first: int = 0,
 ) -> Iterator[Document]:
   """Texts with their question and its answer; every place is equally likely.
 
@@ -76,15 +78,22 @@ def documents(
     words: shortest and longest haystack, in words.
     count: number of texts.
     split: of which split they are; the two have other texts.
+    asked: questions about one text, one after the other, each about another
+      chain. More of them teach the form in fewer tokens.
+    first: number of the first text; all numbers of a split have other texts.
   """
   low, high = words
   require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
-  for i in range(count):
+  require_integer("asked", asked, low=1, high=config.chains + 1)
+  for i in range(first, first + count):
     rng = stream(config.seed, split, config.chains, config.hops, i)
     length = int(rng.integers(low, high + 1))
-    question = _draw(config, rng, words=length, depth=None)
+    text, chains = _draw(config, rng, words=length, depth=None)
+    for chain in chains[:asked]:
+      query, answer = _ask(chain)
+      text += f"\n{query}{answer} ."
     name = f"tracking/{config.chains}x{config.hops}-{split}{i:06}"
-    yield Document(name, split, f"{question.prompt}{question.answer} .\n")
+    yield Document(name, split, f"{text}\n")
 
 
 def questions(
@@ -107,7 +116,14 @@ def questions(
   for i in range(count):
     # The same texts at every depth, but for where the chain lies.
     rng = stream(config.seed, "questions", config.chains, config.hops, words, i)
-    yield _draw(config, rng, words=words, depth=depth)
+    text, chains = _draw(config, rng, words=words, depth=depth)
+    query, answer = _ask(chains[0])
+    # Distinct variables: a guesser knows that much.
+    left = config.variables - np.arange(config.hops)
+    chance = float(1 / np.prod(left, dtype=float))
+    labels = {"chains": config.chains, "hops": config.hops, "words": words}
+    labels["depth"] = -1.0 if depth is None else float(depth)
+    yield Question(f"{text}\n{query}", answer, "tracking", chance, labels)
 
 
 def oracle(prompt: str) -> str:
@@ -126,28 +142,30 @@ def _draw(
   *,
   words: int,
   depth: float | None,
-) -> Question:
+) -> tuple[str, list[list[str]]]:
+  """The haystack and its chains, value first; the one asked for comes first."""
   variables, values, fillers = _vocabulary(config)
   shape = (config.chains, config.hops)
   chosen = rng.choice(len(variables), size=shape, replace=False)
   starts = rng.choice(len(values), size=config.chains, replace=False)
-  statements, depths = [], []
-  for chain, start in enumerate(starts):
-    names = [values[start], *(variables[i] for i in chosen[chain])]
-    pairs = itertools.pairwise(names)
+  chains, statements, depths = [], [], []
+  for number, start in enumerate(starts):
+    chain = [values[start], *(variables[i] for i in chosen[number])]
+    pairs = itertools.pairwise(chain)
     statements += [f"copy {source} > {target} ." for source, target in pairs]
-    first = depth if chain == 0 else None
+    first = depth if number == 0 else None
     depths += draw_depths(rng, config.hops, first, after=True)
+    chains.append(chain)
   text = write_haystack(
     rng, fillers, words=words, statements=statements, depths=depths
   )
-  answer = "".join(f" > {variables[i]}" for i in chosen[0])
-  # Distinct variables: the guesser knows that much.
-  chance = 1 / np.prod(len(variables) - np.arange(config.hops), dtype=float)
-  labels = {"chains": config.chains, "hops": config.hops, "words": words}
-  labels["depth"] = -1.0 if depth is None else float(depth)
-  prompt = f"{text}\ntrace {values[starts[0]]}"
-  return Question(prompt, answer, "tracking", float(chance), labels)
+  return text, chains
+
+
+def _ask(chain: list[str]) -> tuple[str, str]:
+  """The query and its answer."""
+  value, *variables = chain
+  return f"trace {value}", "".join(f" > {name}" for name in variables)
 
 
 @functools.lru_cache

@@ -28,13 +28,17 @@ def test_an_oracle_answers_everything_from_the_prompt(kind, words):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_end_in_a_question_and_its_answer(kind):
-  found = needles.documents(config(kind), words=(3, 30), count=30)
+@pytest.mark.parametrize("asked", [1, 4])
+def test_documents_end_in_questions_and_their_answers(kind, asked):
+  task = config(kind)
+  found = needles.documents(task, words=(3, 30), count=30, asked=asked)
   for document in found:
-    prompt, answer = re.fullmatch(
-      r"(.*\nrecall .* :)( .*) \.\n", document.text, re.DOTALL
-    ).groups()
-    assert needles.oracle(prompt) == answer
+    text, *ends = document.text.split("\nrecall ")
+    assert len({x.split()[0] for x in ends}) == len(ends)
+    assert len(ends) == (1 if kind in ("single", "multi_value") else asked)
+    for end in ends:
+      query, answer = re.fullmatch(r"(.* :)( .*) \.\n?", end).groups()
+      assert needles.oracle(f"{text}\nrecall {query}") == answer
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,8 @@ def test_splits_and_questions_share_no_text():
   texts.append([f"{x.prompt}{x.answer} .\n" for x in ask(task, words=20)])
   flat = [text for part in texts for text in part]
   assert len({*flat}) == len(flat)
-  again = needles.documents(task, words=(20, 20), count=50)
-  assert [x.text for x in again] == texts[0]
+  again = needles.documents(task, words=(20, 20), count=20, first=10)
+  assert [x.text for x in again] == texts[0][10:30]
 
 
 def test_kinds_share_their_words():

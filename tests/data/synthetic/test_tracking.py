@@ -24,12 +24,16 @@ def test_an_oracle_answers_everything_from_the_prompt(words):
       assert tracking.oracle(question.prompt) == question.answer
 
 
-def test_documents_end_in_a_question_and_its_answer():
-  for document in tracking.documents(CONFIG, words=(3, 30), count=30):
-    prompt, answer = re.fullmatch(
-      r"(.*\ntrace \w+)( >.*) \.\n", document.text, re.DOTALL
-    ).groups()
-    assert tracking.oracle(prompt) == answer
+@pytest.mark.parametrize("asked", [1, 3])
+def test_documents_end_in_questions_and_their_answers(asked):
+  for document in tracking.documents(
+    CONFIG, words=(3, 30), count=30, asked=asked
+  ):
+    text, *ends = document.text.split("\ntrace ")
+    assert len({x.split()[0] for x in ends}) == len(ends) == asked
+    for end in ends:
+      value, answer = re.fullmatch(r"(\w+)( >.*) \.\n?", end).groups()
+      assert tracking.oracle(f"{text}\ntrace {value}") == answer
 
 
 def test_chains_are_disjoint_and_in_the_order_of_the_text():

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
+import chex
 import pytest
+from flax import nnx
 
 from engram_jax.analysis.allocation import share_remainder
 from engram_jax.config_dicts import to_dict
@@ -76,6 +78,23 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(lab, monkeypatch):
   (record,) = lab.measure_all([run], lambda _: {}, name="diverges")
   assert record["diverged"] == "at step 3"
   assert by_group([record]) == {}
+
+
+def test_a_run_starts_from_the_weights_of_another(lab):
+  first = make_run(lab, seed=9)
+  lab.measure_all([first], lambda _: {}, name="first", keep=True)
+  config = dataclasses.replace(
+    first.config,
+    train=dataclasses.replace(first.config.train, learning_rate=1e-30),
+  )
+  second = Run("second", config, init_from=first.digest)
+  assert second.digest != Run("second", config).digest
+  assert second.digest != dataclasses.replace(second, init_step=1).digest
+  before, after = lab.train(first), lab.train(second)
+  chex.assert_trees_all_close(
+    nnx.state(before.model), nnx.state(after.model), atol=1e-6
+  )
+  assert before.data.tokenizer.to_str() == after.data.tokenizer.to_str()
 
 
 def test_no_token_is_seen_twice(lab):
