@@ -137,9 +137,12 @@ def memory_logits(
     float32 [B, L, V]; equal ones for rows of zeros.
 
   Raises:
-    InputError: a lens of no layer of the model's.
+    InputError: a lens of no layer of the model's; no lens for OverEncoding,
+      whose vectors are parts of an input, not values.
   """
-  layers = model.config.engram.layers
+  layers, fusion = model.config.engram.layers, model.config.engram.fusion
+  valid = "gated, or a lens"
+  require(lens or fusion == "gated", "engram.fusion", fusion, valid)
   ok = lens is None or set(lens) & set(layers)
   require(ok, "lens", f"layers {list(lens or ())}", f"one of {list(layers)}")
   total = None
