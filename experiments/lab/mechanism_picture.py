@@ -49,12 +49,14 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
   panels.append(
     Bars(
       {
-        f"{said[group]}: {how}": origin[key][group]
+        f"{said[group]}, {origin['share'][group]['mean']:.0%}: {how}": origin[
+          key
+        ][group]
         for group in said
-        for key, how in (("depends", "depends"), ("adds", "gains"))
+        for key, how in (("depends", "silenced"), ("adds", "experts alone"))
         if group in origin[key]
       },
-      title="Target's trigram: loss without its memory,\nand of experts alone",
+      title="By where the target's trigram was met",
       xlabel="loss above that with memory (nats)",
     )
   )

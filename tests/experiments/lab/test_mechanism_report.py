@@ -73,7 +73,8 @@ def records(lab, *, lens_memory, ahead=0, **options):
   for seed in range(SEEDS):
     for model in ("experts", "memory"):
       lead = ahead if model == "memory" else 0
-      places = np.clip((np.arange(LAYERS + 1) - 1 + lead) / 3, 0, 1)
+      # Layer by layer in longer steps, so that no two others are as close.
+      places = np.clip((np.arange(LAYERS + 1) - 1 + lead) / 3, 0, 1) ** 1.4
       angle = places[:, None, None] * np.pi / 2
       states = np.cos(angle) * first + np.sin(angle) * last
       states += 0.3 * rng.normal(size=states.shape)
@@ -85,7 +86,7 @@ def records(lab, *, lens_memory, ahead=0, **options):
 
 
 def test_what_the_paper_found_is_reproduced(lab, tmp_path):
-  found = analyze(lab, records(lab, lens_memory=[4.0, 2.0, 1, 0.5], ahead=1))
+  found = analyze(lab, records(lab, lens_memory=[4.0, 2.0, 1, 0.5], ahead=2))
   assert found["verdict"] == "reproduced"
   assert set(found["questions"]) == {*PAPERS, "frequency"}
   (length,) = found["lengths"]
@@ -116,7 +117,7 @@ def test_the_opposite_contradicts_it(lab):
   questions = found["questions"]
   assert questions["lens"]["verdict"] == "contradicted"
   assert questions["silencing"]["verdict"] == "contradicted"
-  assert questions["alignment"]["verdict"] != "reproduced"
+  assert abs(questions["alignment"]["interval"]["mean"]) < 0.1
   assert found["verdict"] == "contradicted"
 
 
