@@ -142,7 +142,7 @@ def memory_logits(
   """
   layers, fusion = model.config.engram.layers, model.config.engram.fusion
   valid = "gated, or a lens"
-  require(lens or fusion == "gated", "engram.fusion", fusion, valid)
+  require(lens is not None or fusion == "gated", "engram.fusion", fusion, valid)
   ok = lens is None or set(lens) & set(layers)
   require(ok, "lens", f"layers {list(lens or ())}", f"one of {list(layers)}")
   total = None
