@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from engram_jax.analysis.collisions import number_tuples
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.speculation import Drafter, DraftRows
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import require, require_integer
+from engram_jax.memory.ngrams import number_tuples
 from engram_jax.types import Rows
 
 #: Per Engram layer [M, D]: what makes a hidden state of its rows.
