@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from engram_jax.errors import require
+from engram_jax.memory.ngrams import number_tuples
 
 #: Groups of so many ranks are compared pair by pair.
 _LAST_BITS = 5
