@@ -47,7 +47,7 @@ from engram_jax.decoding.state import DecodeState
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import NonFiniteError, require, require_integer
 from engram_jax.memory.memory import Memory
-from engram_jax.stores.prefetch import read_to_device, row_ids_on_host
+from engram_jax.stores.prefetch import read_to_device
 from engram_jax.stores.store import RowStore, unpack
 from engram_jax.types import Hidden, Rows
 
@@ -87,9 +87,8 @@ class DraftRows:
       held += 1
     if held < len(tokens):
       rows = {layer: x[:, :held] for layer, x in self._rows.items()}
-      canonical = self._memory.compression(np.array([tokens], np.int32))
-      row_ids = row_ids_on_host(
-        self._memory.hashing, canonical, history=self.history
+      row_ids = self._memory.row_ids_numpy(
+        np.array([tokens], np.int32), history=self.history
       )
       new_ids = {layer: ids[:, held:] for layer, ids in row_ids.items()}
       packed = read_to_device(self._store, new_ids)

@@ -106,10 +106,12 @@ def lesson_batches(
     end = question.prompt.index(subject) + len(subject)
     offsets = tokenizer.encode(question.prompt).offsets
     masks[i, [stop for _, stop in offsets].index(end)] = True
-  return [
-    batch | {"row_mask": mask}
-    for batch, mask in zip(batches, masks.reshape(len(batches), size, length))
-  ]
+  found = []
+  for batch, mask in zip(batches, masks.reshape(len(batches), size, length)):
+    # What comes after the answer has no part in it.
+    backwards = np.cumsum(batch["loss_mask"][:, ::-1], axis=1)[:, ::-1]
+    found.append(batch | {"row_mask": mask & (backwards > 0)})
+  return found
 
 
 def teach_rows(

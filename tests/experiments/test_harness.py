@@ -216,7 +216,7 @@ harness.run(benchmark)
     ("hash", ["--out=/proc"], "out: /proc; valid: a file: this is a folder"),
     (
       "offload",
-      ["--preset=tiny", "--prompts=3"],
+      ["--preset=tiny", "--row_format=int8", "--prompts=3"],
       "prompts: 3; valid: a multiple of the batch, 8",
     ),
   ],
