@@ -14,7 +14,7 @@ from engram_jax.data.tokenizers import train_tokenizer
 from experiments.lab import edits, knowledge, knowledge_editing, worlds
 from experiments.lab.study import open_laboratory
 
-KINDS = ("other wordings", "two hops, stated", "two hops, composed")
+KINDS = ("trained wordings", "two hops, stated", "two hops, composed")
 
 
 @pytest.mark.parametrize("scale", ["smoke", "cpu"])
@@ -47,7 +47,7 @@ def test_the_rows_of_a_name_are_read_where_it_ends():
       assert read.endswith(subject) and question.prompt.startswith(read)
       masked += 1
     assert not batch["loss_mask"][len(asked) :].any(), "the batch is filled up"
-  assert masked == len(facts) * (3 + 5)
+  assert masked == len(facts) * (3 + 3)
 
 
 def knowledge_record(group: str, seed: int, accuracy: float):
