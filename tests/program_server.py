@@ -14,6 +14,7 @@ Tests of the locale, of arguments that are no text and of streams that are
 closed start their programs themselves.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -51,7 +52,10 @@ class ProgramServer:
         env=self._env,
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        # Pipes, as the programs' own streams: Python's know if they can seek.
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
       )
 
   def __enter__(self) -> "ProgramServer":
@@ -59,7 +63,8 @@ class ProgramServer:
 
   def __exit__(self, *_: object) -> None:
     self._requests.close()
-    self._process.wait()
+    _, err = self._process.communicate()
+    print(err, end="", file=sys.stderr)
 
   def threads(self) -> int:
     """Threads of the server: a lock that another holds stays so in a fork."""
@@ -115,17 +120,17 @@ def serve(requests: socket.socket) -> list | None:
     In a program's process the request, streams and folder set; in the server,
     and in the processes that wait for the programs, None.
   """
-  # Those that wait for the programs are waited for by nobody.
-  signal.signal(signal.SIGCHLD, signal.SIG_IGN)
   while True:
     data, fds, _, _ = socket.recv_fds(requests, REQUEST, 3)
+    with contextlib.suppress(ChildProcessError):
+      while os.waitpid(-1, os.WNOHANG)[0]:
+        pass  # one that has waited for a program
     if not data:
       return None
     if os.fork() == 0:
       break
     for fd in fds:
       os.close(fd)
-  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
   requests.close()
   out, err, reports = fds
   pid = os.fork()

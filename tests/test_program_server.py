@@ -29,6 +29,8 @@ TELLING = """
     "x64": jax.config.jax_enable_x64,
     "signals": [str(signal.getsignal(x)) for x in (2, 13, 15, 17)],
     "threads": threading.active_count(),
+    "seekable": [sys.stdout.seekable(), sys.stderr.seekable()],
+    "reconfigured": sys.stderr.reconfigure(errors="backslashreplace"),
     "encodings": [sys.stdout.encoding, sys.stderr.encoding],
     "devices": len(jax.devices()),
   }))
