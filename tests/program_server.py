@@ -35,8 +35,9 @@ ROOT = Path(__file__).parents[1]
 #: Most bytes of a request: mainly the environment.
 REQUEST = 1 << 17
 #: Variables that may be set after JAX's import: XLA reads its flags when a
-#: backend is initialized, and what pytest tells concerns no program.
-LATE = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+#: backend is initialized, what pytest tells concerns no program, and the last
+#: is set by an import, in the server as in the tests' process.
+LATE = {"XLA_FLAGS", "PYTEST_CURRENT_TEST", "CRC32C_SW_MODE"}
 
 
 class ProgramServer:

@@ -72,6 +72,7 @@ def test_a_program_is_as_in_an_interpreter_of_its_own(start, tmp_path):
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     "JAX_ENABLE_X64": "true",
     "JAX_PLATFORMS": "cpu",
+    "CRC32C_SW_MODE": "auto",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
   }
   found = {}
