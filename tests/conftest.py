@@ -61,6 +61,15 @@ def pytest_unconfigure():
     shutil.rmtree(_own_cache, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def program_server():
+  """Starts programs by `start(module, *arguments)` without their imports."""
+  from tests.program_server import ProgramServer
+
+  with ProgramServer() as server:
+    yield server
+
+
 @pytest.fixture
 def types_unchecked():
   """Annotations are not checked, as for a user: what does the code itself?"""
