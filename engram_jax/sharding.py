@@ -59,7 +59,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
   "embed": DATA,  # D, of what multiplies a hidden state or makes one
   "head_dim": None,
   "rope": None,
-  "outputs": None,  # an Engram's keys and its value; OverEncoding's orders
+  "outputs": None,  # an Engram's keys and its value
   "streams": None,
   "mixing": None,  # numbers per token of hyper-connections
   "mixing_parts": None,

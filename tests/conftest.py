@@ -6,6 +6,8 @@ would go unchecked.
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # C++ logs from warnings down, which are about the machine.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Much of the tests' time is compilation of programs that run for less than a
+# second: XLA need not try its best. `test_eight_devices.py` asks it to.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What one process has compiled, its neighbours find, and the programs that
+# tests start; each call of pytest begins with nothing.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_own_cache = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="jax-")
+if _own_cache:
+  os.environ[_CACHE] = _own_cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 # Grain reads absl flags, which only a program's `app.run` parses.
 flags.FLAGS.mark_as_parsed()
@@ -41,14 +55,19 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def programs_compile_fast():
-  """Programs that tests start run for seconds: XLA need not try its best.
+def pytest_unconfigure():
+  """Removes the compiled programs, where this process has made their folder."""
+  if _own_cache:
+    shutil.rmtree(_own_cache, ignore_errors=True)
 
-  JAX reads this when it is imported; the tests' own process, which has imported
-  it, compiles as a user's does.
-  """
-  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+@pytest.fixture(scope="session")
+def program_server():
+  """Starts programs by `start(module, *arguments)` without their imports."""
+  from tests.program_server import ProgramServer
+
+  with ProgramServer() as server:
+    yield server
 
 
 @pytest.fixture

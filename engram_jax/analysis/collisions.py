@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from engram_jax.errors import require
+from engram_jax.memory.ngrams import number_tuples
 
 #: Groups of so many ranks are compared pair by pair.
 _LAST_BITS = 5
@@ -69,22 +70,6 @@ class Collisions(NamedTuple):
 
 
 # --- n-grams ---
-
-
-def number_tuples(
-  columns: Sequence[Int[np.ndarray, "n"]],
-) -> Int[np.ndarray, "n"]:
-  """Numbers 0, 1, ... that are equal where all columns are equal.
-
-  Args:
-    columns: one or more of integers >= 0, n times the largest below 2**63.
-  """
-  numbers = np.zeros(len(columns[0]), np.int64)
-  for column in columns:
-    # Renumbered at each column, so that a key of two always fits.
-    key = numbers * (int(column.max(initial=0)) + 1) + column
-    numbers = np.unique(key, return_inverse=True)[1]
-  return numbers
 
 
 def ngram_ids(

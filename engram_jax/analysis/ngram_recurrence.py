@@ -11,8 +11,8 @@ A text is [windows, L]: no n-gram reaches out of its window, as in training.
 import numpy as np
 from jaxtyping import Bool, Int
 
-from engram_jax.analysis.collisions import number_tuples
 from engram_jax.errors import require
+from engram_jax.memory.ngrams import number_tuples
 
 
 def ngram_numbers(

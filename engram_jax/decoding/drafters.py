@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from engram_jax.analysis.collisions import number_tuples
 from engram_jax.backbone.transformer import Transformer
 from engram_jax.decoding.speculation import Drafter, DraftRows
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.errors import require, require_integer
+from engram_jax.memory.ngrams import number_tuples
 from engram_jax.types import Rows
 
 #: Per Engram layer [M, D]: what makes a hidden state of its rows.
@@ -137,12 +137,12 @@ def memory_logits(
     float32 [B, L, V]; equal ones for rows of zeros.
 
   Raises:
-    InputError: a lens of no layer of the model's; none, of a model whose fusion
-      has no value projection.
+    InputError: a lens of no layer of the model's; no lens for OverEncoding,
+      whose vectors are parts of an input, not values.
   """
-  fusion, valid = model.config.engram.fusion, "gated, or any with a lens"
-  require(lens is not None or fusion == "gated", "fusion", fusion, valid)
-  layers = model.config.engram.layers
+  layers, fusion = model.config.engram.layers, model.config.engram.fusion
+  valid = "gated, or a lens"
+  require(lens is not None or fusion == "gated", "engram.fusion", fusion, valid)
   ok = lens is None or set(lens) & set(layers)
   require(ok, "lens", f"layers {list(lens or ())}", f"one of {list(layers)}")
   total = None

@@ -25,6 +25,7 @@ from engram_jax.backbone.layer_groups import num_lower_blocks
 from engram_jax.backbone.transformer import Context, require_rows_of
 from engram_jax.decoding.weights import DecodingModel
 from engram_jax.fusion.engram import Engram, init_conv_state
+from engram_jax.fusion.over_encoding import OverEncoding
 from engram_jax.fusion.short_conv import ConvState
 from engram_jax.types import Hidden, Rows, TokenIds
 
@@ -159,7 +160,7 @@ def verify_blocks(
   return found, ahead
 
 
-def _engram(model: DecodingModel, layer: int) -> Engram:
+def _engram(model: DecodingModel, layer: int) -> Engram | OverEncoding:
   config = model.config.engram
   return model.outer.engrams[config.layers.index(layer)]
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from engram_jax.config import EngramConfig
 from engram_jax.errors import require
-from engram_jax.fusion.engram import Fusion, param_init, param_metadata
+from engram_jax.fusion.engram import Fusion
 from engram_jax.fusion.short_conv import ConvState
 from engram_jax.memory.breaks import require_breaks
 from engram_jax.parameters import param
@@ -25,19 +25,21 @@ from engram_jax.types import AnyHidden, Break, Breaks, Rows
 
 
 def average_into(
-  projection: Float[Array, "M orders D"],
+  projection: Float[Array, "M D"],
   hidden: AnyHidden,
   rows: Rows,
   *,
+  orders: int,
   dtype: DTypeLike = jnp.float32,
   breaks: Breaks | None = None,
 ) -> Fusion:
   """What makes of the input embedding the average with the n-grams' vectors.
 
   Args:
-    projection: [M, orders, D], W_n of each order; M is H * d.
+    projection: [M, D], the W_n of all orders one below the other; M is K * d.
     hidden: [B, L, G, D] or [B, L, D], the input embedding in every stream.
     rows: [B, L, K, d], what `lookup` read; any float dtype.
+    orders: number of n-gram orders.
     dtype: dtype of the product and of the update.
     breaks: [B, L], as given to the hash: positions that are not text get gate
       and update 0.
@@ -52,18 +54,18 @@ def average_into(
   without_axis = hidden.ndim == 3
   if without_axis:
     hidden = hidden[:, :, None]
-  memory, orders, size = projection.shape
+  memory, size = projection.shape
   valid = f"shape [{hidden.shape[0]}, {hidden.shape[1]}, K, d] with hidden's"
   require(rows.shape[:2] == hidden.shape[:2], "rows", rows.shape, valid)
   width = rows.shape[2] * rows.shape[3]
-  valid = f"K * d = {memory * orders}, the projections' input"
-  require(width == memory * orders, "rows", rows.shape, valid)
+  valid = f"K * d = {memory}, the projection's input"
+  require(width == memory, "rows", rows.shape, valid)
   valid = f"shape [B, L, G, {size}]"
   require(hidden.shape[3] == size, "hidden", hidden.shape, valid)
 
-  entries = rows.reshape(*rows.shape[:2], orders, memory).astype(dtype)
-  weights = projection.astype(dtype)
-  vectors = jnp.einsum("blom,mod->bld", entries, weights)[:, :, None]
+  entry = rows.reshape(*rows.shape[:2], width).astype(dtype)
+  # The sum over the orders is one product.
+  vectors = (entry @ projection.astype(dtype))[:, :, None]
   update = (vectors - orders * hidden.astype(dtype)) / (orders + 1)
   gates = jnp.ones_like(hidden[..., 0], jnp.float32)
   if breaks is not None:
@@ -81,11 +83,13 @@ class OverEncoding(nnx.Module):
     fusion = config.fusion
     require(fusion == "input_average", "fusion", fusion, "input_average")
     self.config = config
-    orders = len(config.rows_per_head)
-    shape = (config.memory_width // orders, orders, config.hidden_size)
-    value = param_init("projection")(rngs.params(), shape, jnp.float32)
-    metadata = param_metadata("projection")
-    self.projection = param(value, **metadata._asdict())
+    self.orders = len(config.rows_per_head)
+    # Every order's vector at the scale of its rows.
+    init = nnx.initializers.variance_scaling(self.orders, "fan_in", "normal")
+    shape = (config.memory_width, config.hidden_size)
+    value = init(rngs.params(), shape, jnp.float32)
+    axes = ("memory", "embed")
+    self.projection = param(value, axes=axes, matrix=axes)
 
   def fuse(
     self,
@@ -107,9 +111,13 @@ class OverEncoding(nnx.Module):
     """
     del lengths
     require(state is None, "state", "a state", "None: there is no convolution")
-    dtype = jnp.dtype(self.config.dtype)
     return average_into(
-      self.projection[...], hidden, rows, dtype=dtype, breaks=breaks
+      self.projection[...],
+      hidden,
+      rows,
+      orders=self.orders,
+      dtype=jnp.dtype(self.config.dtype),
+      breaks=breaks,
     )
 
   def __call__(

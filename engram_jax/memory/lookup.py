@@ -204,7 +204,15 @@ def shuffle_row_ids(
   require(ok, "row_ids", f"{sorted(positions)} positions", valid)
   order = jax.random.permutation(key, positions.pop())
   source = jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))
-  return {
-    layer: ids.reshape(-1, ids.shape[-1])[source].reshape(ids.shape)
-    for layer, ids in row_ids.items()
-  }
+
+  explicit = sharding.is_explicit(sharding.current_mesh())
+
+  def shuffled(ids):
+    placed = explicit and not isinstance(ids, np.ndarray)
+    if placed:  # a gather is not told its sharding: whole, and then back
+      spec = jax.typeof(ids).sharding.spec
+      ids = sharding.constrain(ids, sharding.WHOLE)
+    found = ids.reshape(-1, ids.shape[-1])[source].reshape(ids.shape)
+    return sharding.constrain(found, spec) if placed else found
+
+  return {layer: shuffled(ids) for layer, ids in row_ids.items()}

@@ -113,7 +113,7 @@ def run(benchmark: Benchmark) -> None:
     }
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about = {"config": config, "seed": SEED, "load_average": load}
-    more = {"configured": file.value} if file else {}
+    more = {} if file is None else {"configured": file.value}
     result = {**about, **benchmark.measure(**config, **more)}
     results.write_result(out, result)
     if benchmark.picture:

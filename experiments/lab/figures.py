@@ -101,6 +101,8 @@ def _draw_lines(axes: Axes, panel: Lines) -> None:
   for i, (name, points) in enumerate(panel.lines.items()):
     points = sorted(points, key=lambda p: p[0])
     x, intervals = [p[0] for p in points], [p[1] for p in points]
+    if panel.log_x:  # beside each other, where they would cover each other
+      x = [place * 1.02 ** (i - len(panel.lines) / 2) for place in x]
     means = [interval["mean"] for interval in intervals]
     color = COLORS[i % len(COLORS)]
     axes.errorbar(
@@ -119,12 +121,19 @@ def _draw_lines(axes: Axes, panel: Lines) -> None:
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
   """Each line's name at its end, moved up where it would cover another."""
+  # Room for the names inside: outside, the layout would narrow the panel.
+  left, right = axes.get_xlim()
+  if axes.get_xscale() == "log":
+    left, right = left / 1.3, right * (right / left) ** 0.35 * 1.3
+  else:
+    right += 0.35 * (right - left)
+  axes.set_xlim(left, right)
   low, high = axes.get_ylim()
   gap, last = (high - low) * 0.055, -np.inf
   for y, x, name, color in sorted(ends):
     place = max(y, last + gap)
     last = place
-    axes.annotate(
+    label = axes.annotate(
       name,
       (x, place),
       xytext=(7, 0),
@@ -132,8 +141,8 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
       color=color,
       fontsize=9,
       va="center",
-      annotation_clip=False,
     )
+    label.set_in_layout(False)
 
 
 def _draw_bars(axes: Axes, panel: Bars) -> None:

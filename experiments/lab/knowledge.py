@@ -39,6 +39,9 @@ from experiments.lab.worlds import (
 #: Rows per head of smaller memories over the same backbone, by scale.
 ROWS = {"smoke": (), "cpu": (32, 256), "gpu": (256, 1024, 4096)}
 EXPERTS, MEMORY, ONE_ROW = "experts", "memory", "one row"
+#: What is compared. In wordings that no text has, these models say hardly
+#: anything of what they know.
+RECALL = "trained wordings"
 #: What the paper finds on TriviaQA, in share of the questions.
 PAPERS_EFFECT = 0.019
 
@@ -90,8 +93,8 @@ def measure(lab: Laboratory, trained: Trained) -> dict[str, Any]:
       "by_frequency": summarize(answers, by="frequency"),
     }
   if trained.tables:
-    silenced = ask_all(trained, kinds["other wordings"], tables={})
-    found["other wordings, silenced"] = {"all": summarize(silenced)}
+    silenced = ask_all(trained, kinds[RECALL], tables={})
+    found[f"{RECALL}, silenced"] = {"all": summarize(silenced)}
   rows = sum(table.size for table in trained.tables.values())
   return {"answers": found, "table_parameters": rows}
 
@@ -110,7 +113,7 @@ def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
   points = []
   for group, found in groups.items():
     kinds = found[0]["answers"]
-    frequencies = kinds["other wordings"]["by_frequency"]
+    frequencies = kinds[RECALL]["by_frequency"]
     points.append(
       {
         "group": group,
@@ -118,11 +121,9 @@ def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
         "table_parameters": found[0]["table_parameters"],
         "accuracy": {k: mean_interval(_values(found, k)) for k in kinds},
         "chance": {k: _values(found, k, field="chance")[0] for k in kinds},
-        "known_bits": mean_interval(
-          _values(found, "other wordings", field="known_bits")
-        ),
+        "known_bits": mean_interval(_values(found, RECALL, field="known_bits")),
         "by_frequency": {
-          f: mean_interval(_values(found, "other wordings", frequency=f))
+          f: mean_interval(_values(found, RECALL, frequency=f))
           for f in sorted(frequencies, key=int)
         },
       }
@@ -139,7 +140,7 @@ def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
   result = {"points": points, "gain_over_experts": gains}
   several = [g for g in groups.values() if len(g) > 1]
   if several:
-    sd = pooled_sd([_values(g, "other wordings") for g in several])
+    sd = pooled_sd([_values(g, RECALL) for g in several])
     seeds = len(lab.scale.seeds)
     result["power"] = {
       **sd,
@@ -154,16 +155,16 @@ def _pairs(ours, theirs, kind: str) -> tuple[list[float], list[float]]:
 
 
 def _verdict(result: dict[str, Any]) -> dict[str, str]:
-  gain = result["gain_over_experts"].get(MEMORY, {}).get("other wordings")
+  gain = result["gain_over_experts"].get(MEMORY, {}).get(RECALL)
   power = result.get("power")
   if gain is None or gain["low"] is None or power is None:
     finding = "Fewer than two seeds of each side: no interval."
     return {"verdict": "too weak to tell", "finding": finding}
   finding = (
-    f"In wordings never trained on, the memory answers {_points(gain)} more of "
-    "the one-hop questions than as many parameters in experts"
+    f"The memory answers {_points(gain)} more of the one-hop questions than as "
+    "many parameters in experts"
   )
-  one_row = result["gain_over_experts"].get(ONE_ROW, {}).get("other wordings")
+  one_row = result["gain_over_experts"].get(ONE_ROW, {}).get(RECALL)
   if one_row is not None:
     finding += f"; a memory of one row per head {_points(one_row)}"
   finding += "."
@@ -196,7 +197,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         ]
         for g in named
       },
-      title="Recall, in wordings never trained on",
+      title="Recall of facts of one hop",
       xlabel="how often the text states the fact",
       ylabel="right answers (%)",
       log_x=True,

@@ -151,18 +151,17 @@ def _classes(data, source, chosen) -> tuple[np.ndarray, np.ndarray]:
   @functools.lru_cache(maxsize=1)
   def of_document(i):
     texts = token_texts(data.tokenizer, source.read(edges[i], edges[i + 1]))
-    return np.stack([token_classes(texts), word_ends(texts)])
+    return token_classes(texts), word_ends(texts)
 
-  found = []
+  classes, ends = [], []
   for window in chosen:
     first = int(window) * source.seq_len
     stop = first + source.seq_len + 1
-    parts, i = [], int(np.searchsorted(starts, first, side="right")) - 1
+    pieces, i = [], int(np.searchsorted(starts, first, side="right")) - 1
     while i < len(starts) and edges[i] < stop:
-      parts.append(
-        of_document(i)[:, max(first - edges[i], 0) : stop - edges[i]]
-      )
+      part = slice(max(first - edges[i], 0), stop - edges[i])
+      pieces.append([labels[part] for labels in of_document(i)])
       i += 1
-    found.append(np.concatenate(parts, axis=1))
-  classes, ends = np.stack(found, axis=1)
-  return classes, ends == "True"
+    for labels, parts in zip((classes, ends), zip(*pieces)):
+      labels.append(np.concatenate(parts))
+  return np.stack(classes), np.stack(ends)

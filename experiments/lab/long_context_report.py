@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_jax.errors import require
 from experiments.lab.figures import Bars, Lines, draw_panels
 from experiments.lab.runs import Laboratory, by_group, matched
 from experiments.lab.statistics import mean_interval, paired_difference
@@ -43,7 +44,8 @@ def _accuracy(
 def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
   """Accuracies by task, length and depth, and the memory's differences."""
   groups = by_group(records)
-  first = next(record for found in groups.values() for record in found)
+  require(groups, "runs", "none is finished", "one that has not diverged")
+  first = next(iter(groups.values()))[0]
   tasks = tuple(first["accuracy"])
   lengths = tuple(first["accuracy"][tasks[0]])
   depths = tuple(first["accuracy"][tasks[0]][lengths[0]])
@@ -209,7 +211,6 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         title=f"Mean of the tasks by {axis}",
         xlabel=xlabel,
         ylabel="right answers (%)",
-        log_x=axis == "length",
       )
     )
   draw_panels(

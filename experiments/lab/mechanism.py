@@ -22,6 +22,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -36,7 +37,8 @@ from engram_jax.analysis.silencing import (
 )
 from engram_jax.files import whole_file
 from experiments.lab.labelled_text import LabelledText, label_text
-from experiments.lab.mechanism_report import analyze, draw
+from experiments.lab.mechanism_picture import draw
+from experiments.lab.mechanism_report import analyze
 from experiments.lab.runs import Laboratory, Run, Trained
 from experiments.lab.study import Study, tuned_learning_rate
 
@@ -101,11 +103,12 @@ def _depths(
   """Mean lens divergence by depth; states [depths, n, D] at ends of words."""
   divergences, states = [], []
   for batch in text.batches:
+    keep, batch = batch["loss_mask"], jax.tree.map(jnp.asarray, batch)
     rows = None
     if trained.memory is not None:
       rows = rows_by_mode(trained.memory, trained.tables, batch, mode=mode)
     found = jax.device_get(_look(trained.model, rows, batch))
-    state, divergence = (x[:, batch["loss_mask"]] for x in found)
+    state, divergence = (x[:, keep] for x in found)
     states.append(state.astype(np.float32))
     divergences.append(divergence)
   mean = np.concatenate(divergences, axis=1).mean(axis=1, dtype=np.float64)

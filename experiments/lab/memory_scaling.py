@@ -43,7 +43,7 @@ def _layouts(lab: Laboratory) -> dict[tuple[str, int], EngramConfig | None]:
     engram = dataclasses.replace(layout, rows_per_head=both)
     found["engram", rows] = engram
     found["over_encoding", rows] = dataclasses.replace(
-      engram, layers=(0,), fusion="input_average"
+      engram, layers=(0,), fusion="input_average", short_conv=False
     )
   largest = dataclasses.replace(layout, rows_per_head=both)
   found["one row", sizes[-1]] = dataclasses.replace(

@@ -12,9 +12,10 @@ import numpy as np
 
 from engram_jax.backbone.growth import grow_transformer
 from engram_jax.data.pipeline import batches
-from engram_jax.data.synthetic.facts import HELD_OUT_TEMPLATES, questions
+from engram_jax.data.synthetic.facts import questions
 from engram_jax.memory.growth import add_orders, multiply_rows
 from experiments.lab.edits import (
+  PARAPHRASES,
   TAUGHT,
   lesson,
   lesson_batches,
@@ -51,10 +52,10 @@ def measure_swap(lab: Laboratory, trained: Trained) -> dict[str, Any]:
       trained, taught, learning_rate=SWAP_RATE, steps=SWAP_STEPS[scale]
     )
   asked = {
-    f"facts {name}": lesson(chosen, HELD_OUT_TEMPLATES[:1]).questions
+    f"facts {name}": lesson(chosen, PARAPHRASES[:1]).questions
     for name, chosen in sets.items()
   }
-  asked["what was known"] = list(questions(world))
+  asked["what was known"] = list(questions(world, held_out=False))
   return {
     name: {
       kind: summarize(ask_all(taught, q))["accuracy"]
@@ -89,7 +90,7 @@ def measure_growth(lab: Laboratory, trained: Trained) -> dict[str, Any]:
   # The rate at which the run's own tables ended.
   rate = train.learning_rate * train.table_learning_rate_multiplier
   rate *= train.decay_factors[0]
-  asked = list(questions(world))
+  asked = list(questions(world, held_out=False))
 
   def recall(larger: Trained) -> dict[str, Any]:
     found = ask_all(larger, asked)

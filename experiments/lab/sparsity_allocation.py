@@ -122,7 +122,7 @@ def analyze(lab: Laboratory, records: list[dict[str, Any]]) -> dict[str, Any]:
       "loss": mean_interval([r["loss"]["validation"]["on"] for r in found]),
       "prose": mean_interval([r["loss"]["prose"]["on"] for r in found]),
     }
-    if pairs and labels["kind"] != "pilot":
+    if pairs and labels["kind"] != "pilot" and labels["name"] != 0.0:
       for key, corpus in (("gain", "validation"), ("gain_prose", "prose")):
         point[key] = paired_difference(
           [b["loss"][corpus]["on"] for _, b in pairs],

@@ -81,9 +81,12 @@ class Study:
     found = self.analyze(lab, records)
     verdict, valid = found.get("verdict"), f"one of {', '.join(VERDICTS)}"
     require(verdict in VERDICTS, "verdict", verdict, valid)
+    name, scale = self.name, lab.scale.name
     result = {
-      "study": self.name,
-      "scale": lab.scale.name,
+      # Without the place of the runs, which is this machine's affair.
+      "command": f"python -m experiments.lab.{name} --scale={scale}",
+      "study": name,
+      "scale": scale,
       "runs": {
         "all": len(runs),
         "finished": len(records),

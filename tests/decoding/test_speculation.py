@@ -216,7 +216,7 @@ def test_corpus_drafter_takes_what_mostly_followed():
     corpus_drafter(texts, longest=6)
 
 
-def test_memory_logits_are_those_of_the_values_alone(tiny):
+def test_memory_logits_are_those_of_the_values_alone(tiny, make_tiny_with):
   rng = np.random.default_rng(0)
   rows = {i: rng.normal(size=(2, 3, 4, 4)).astype(np.float32) for i in (0, 2)}
   rows = jax.tree.map(jnp.asarray, rows)
@@ -246,6 +246,11 @@ def test_memory_logits_are_those_of_the_values_alone(tiny):
   )
   with pytest.raises(InputError, match=r"lens: layers \[1\]"):
     memory_logits(tiny.model, rows, {1: lens[0]})
+  other = make_tiny_with(
+    "conv", fusion="input_average", layers=(0,), short_conv=False
+  )
+  with pytest.raises(InputError, match=r"^engram\.fusion: input_average"):
+    memory_logits(other.model, {0: rows[0]})
 
 
 def test_the_table_drafts_its_own_choices_one_after_another(tiny):

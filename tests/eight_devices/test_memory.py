@@ -1,5 +1,7 @@
 """The memory from tokens to the residual update: no mesh, Auto, Explicit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import NamedSharding
 
 import engram_jax
 from engram_jax import sharding
+from engram_jax.fusion.over_encoding import OverEncoding
 from engram_jax.memory import exchange
 
 VOCAB, BATCH, LENGTH = 64, 8, 12
@@ -131,3 +134,49 @@ def test_a_step_of_memory_alone_is_that_of_one_device(any_mesh):
     )
     assert complete
     np.testing.assert_allclose(found[1][:rows], wanted[1], rtol=1e-5, atol=1e-6)
+
+
+OPTIONS = {
+  "one row": dict(addressing="one_row"),
+  "shuffled": dict(addressing="shuffled"),
+  "unigrams": dict(smallest_order=1, rows_per_head=(50,)),
+  "no gate": dict(gate=False),
+  "one key": dict(per_stream_keys=False),
+  "input average": dict(fusion="input_average", layers=(0,), short_conv=False),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_is_the_same_everywhere(any_mesh, options):
+  config = dataclasses.replace(CONFIG, **options)
+  memory = engram_jax.Memory.create(config, vocab_size=VOCAB)
+  gated = config.fusion == "gated"
+  fusion = (engram_jax.Engram if gated else OverEncoding)(
+    config, rngs=nnx.Rngs(0)
+  )
+  (layer,) = config.layers
+  rng = np.random.default_rng(2)
+  tokens = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+  breaks = (rng.random((BATCH, LENGTH)) < 0.2).astype(np.int8)
+  hidden = rng.normal(size=(BATCH, LENGTH, 2, 16)).astype(np.float32)
+
+  @jax.jit
+  def update(fusion, tables, tokens, breaks, hidden):
+    found = memory.lookup(tables, tokens, breaks=breaks)
+    fused = fusion.fuse(hidden, found.rows[layer], breaks=breaks)
+    return found.row_ids[layer], fused.update, fused.gates
+
+  alone = memory.init_tables(jax.random.key(0))
+  wanted = update(fusion, alone, tokens, breaks, hidden)
+  np.testing.assert_array_equal(
+    wanted[0], memory.row_ids_numpy(tokens, breaks=breaks)[layer]
+  )
+  by_tokens = NamedSharding(any_mesh, sharding.TOKENS)
+  with jax.set_mesh(any_mesh):
+    found = update(
+      jax.device_put(fusion, NamedSharding(any_mesh, sharding.P())),
+      memory.init_tables(jax.random.key(0)),
+      *(jax.device_put(x, by_tokens) for x in (tokens, breaks, hidden)),
+    )
+  for one, other in zip(jax.device_get(found), wanted):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

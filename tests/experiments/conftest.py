@@ -4,7 +4,6 @@ import os
 import pathlib
 import random
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -36,7 +35,7 @@ def text_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def program(text_folder, tmp_path_factory):
+def program(text_folder, tmp_path_factory, program_server):
   """A function that starts a program and waits for it, or returns the process.
 
   The programs share prepared data and JAX's compilation cache, which changes no
@@ -45,29 +44,28 @@ def program(text_folder, tmp_path_factory):
   shared = tmp_path_factory.mktemp("shared")
 
   def run(name, *arguments, wait=True, configured=True, env=None):
-    command = [sys.executable, "-m", f"experiments.{name}"]
     if configured:
-      command += [
+      arguments = (
         f"--config={CONFIG}",
         f"--config.data.folder={text_folder}",
         f"--config.data.data_dir={shared / 'data'}",
-      ]
-    process = subprocess.Popen(
-      [*command, *map(str, arguments)],
-      cwd=ROOT,
+        *arguments,
+      )
+    process = program_server.start(
+      f"experiments.{name}",
+      *map(str, arguments),
       env=os.environ
       | {
         "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(env or {}),
       },
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
     )
     if not wait:
       return process
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return subprocess.CompletedProcess(
+      process.args, process.returncode, out, err
+    )
 
   return run

@@ -124,19 +124,10 @@ def test_number_of_simulated_devices(monkeypatch):
 # --- as programs ---
 
 
-def program(name, *flags):
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.benchmarks.{name}", *flags],
-    cwd=harness.ROOT,
-    capture_output=True,
-    text=True,
-  )
-
-
-def test_program_prints_a_table_and_writes_json(tmp_path):
+def test_program_prints_a_table_and_writes_json(program, tmp_path):
   out = tmp_path / "deep" / "hash.json"
   flags = ["--tokens=32", "--length=32", "--repeats=1", f"--out={out}"]
-  done = program("hash", *flags)
+  done = program("benchmarks.hash", *flags, configured=False)
   assert done.returncode == 0, done.stderr
   assert "numpy_loop" in done.stdout and str(out) in done.stdout
   assert "least ratio: " in done.stdout
@@ -216,13 +207,14 @@ harness.run(benchmark)
     ("hash", ["--out=/proc"], "out: /proc; valid: a file: this is a folder"),
     (
       "offload",
-      ["--preset=tiny", "--prompts=3"],
+      ["--preset=tiny", "--row_format=int8", "--prompts=3"],
       "prompts: 3; valid: a multiple of the batch, 8",
     ),
   ],
 )
-def test_programs_refuse_in_one_line(name, flags, message, tmp_path):
-  done = program(name, f"--out={tmp_path}/x.json", *flags)
+def test_programs_refuse_in_one_line(program, name, flags, message, tmp_path):
+  out = f"--out={tmp_path}/x.json"
+  done = program(f"benchmarks.{name}", out, *flags, configured=False)
   assert done.returncode == 2, done.stderr
   assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
   assert not list(tmp_path.iterdir())

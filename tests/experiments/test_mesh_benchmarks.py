@@ -90,7 +90,9 @@ def test_lookup():
 
 
 def test_a_strategy_that_gives_other_rows_is_found_out(monkeypatch):
-  mesh = jax.make_mesh((1, 1, 1, 1), ("replica", "data", "expert", "tensor"))
+  auto = (jax.sharding.AxisType.Auto,) * 4
+  axes = ("replica", "data", "expert", "tensor")
+  mesh = jax.make_mesh((1, 1, 1, 1), axes, axis_types=auto)
 
   def wrong(mesh, strategy, what, capacity):
     return jax.jit(lambda table, ids, gradients: table[ids] + 1)

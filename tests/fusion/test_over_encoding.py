@@ -40,8 +40,8 @@ def given():
 def test_it_is_the_average(module, given):
   hidden, rows = given
   fused = module.fuse(hidden, rows)
-  bigrams = rows[:, :, :2].reshape(2, 6, 10) @ module.projection[:, 0]
-  trigrams = rows[:, :, 2:].reshape(2, 6, 10) @ module.projection[:, 1]
+  bigrams = rows[:, :, :2].reshape(2, 6, 10) @ module.projection[:10]
+  trigrams = rows[:, :, 2:].reshape(2, 6, 10) @ module.projection[10:]
   expected = (hidden + (bigrams + trigrams)[:, :, None]) / 3
   np.testing.assert_allclose(
     hidden + fused.update, expected, rtol=1e-5, atol=1e-6

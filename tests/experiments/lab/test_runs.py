@@ -92,7 +92,9 @@ def test_a_run_starts_from_the_weights_of_another(lab):
   assert second.digest != dataclasses.replace(second, init_step=1).digest
   before, after = lab.train(first), lab.train(second)
   chex.assert_trees_all_close(
-    nnx.state(before.model), nnx.state(after.model), atol=1e-6
+    nnx.state(before.model, nnx.Param),
+    nnx.state(after.model, nnx.Param),
+    atol=1e-6,
   )
   assert before.data.tokenizer.to_str() == after.data.tokenizer.to_str()
 
