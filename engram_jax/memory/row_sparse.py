@@ -35,6 +35,7 @@ State is what a table costs besides itself. Bytes a row of
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -259,8 +260,13 @@ def row_sparse(transformation: optax.GradientTransformation) -> RowOptimizer:
   """
   name = "row_sparse transformation"
   _require_state_of_rows(transformation, name)
-  # A few small updates: once, and not for who only asks for shapes.
-  descends = functools.cache(lambda: _require_row_wise(transformation, name))
+
+  @functools.cache
+  def descends() -> bool:
+    # A few small updates: once, and not for who only asks for shapes. On a
+    # thread, which is outside of every trace and mesh of this one.
+    with futures.ThreadPoolExecutor(1) as thread:
+      return thread.submit(_require_row_wise, transformation, name).result()
 
   def init(table: Float[Array, "R d"]) -> optax.OptState:
     if not isinstance(table, jax.core.Tracer):
@@ -366,31 +372,29 @@ def _require_row_wise(
   table = rng.normal(size=_PROBE_SHAPE).astype(np.float32)
   gradients = np.abs(rng.normal(size=_PROBE_SHAPE)).astype(np.float32) + 0.1
   rows = _PROBE_ROWS
-  # Also where this is called under a trace.
-  with jax.ensure_compile_time_eval():
-    state = transformation.init(jnp.asarray(table))
-    few = jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
-    descends = None
-    for scale in _PROBE_SCALES:
-      values = jnp.asarray(gradients * scale)
-      change, state = transformation.update(values, state, jnp.asarray(table))
-      of_few, few = transformation.update(
-        values[rows], few, jnp.asarray(table[rows])
-      )
-      if descends is None:
-        descends = bool(jnp.sum(change) < 0)
-      among_all = (
-        change[rows],
-        jax.tree.map(lambda x: x[rows] if x.ndim else x, state),
-      )
-      same = jax.tree.map(
-        lambda x, y: np.allclose(_plain(x), _plain(y), rtol=1e-5, atol=1e-30),
-        among_all,
-        (of_few, few),
-      )
-      if not all(jax.tree.leaves(same)):
-        valid = "one that treats each row by itself; dense(tx) takes any"
-        raise InputError(name, "couples rows", valid)
+  state = transformation.init(jnp.asarray(table))
+  few = jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
+  descends = None
+  for scale in _PROBE_SCALES:
+    values = jnp.asarray(gradients * scale)
+    change, state = transformation.update(values, state, jnp.asarray(table))
+    of_few, few = transformation.update(
+      values[rows], few, jnp.asarray(table[rows])
+    )
+    if descends is None:
+      descends = bool(jnp.sum(change) < 0)
+    among_all = (
+      change[rows],
+      jax.tree.map(lambda x: x[rows] if x.ndim else x, state),
+    )
+    same = jax.tree.map(
+      lambda x, y: np.allclose(_plain(x), _plain(y), rtol=1e-5, atol=1e-30),
+      among_all,
+      (of_few, few),
+    )
+    if not all(jax.tree.leaves(same)):
+      valid = "one that treats each row by itself; dense(tx) takes any"
+      raise InputError(name, "couples rows", valid)
   return descends
 
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 import engram_jax
 from engram_jax import sharding
+from engram_jax.errors import InputError
 from engram_jax.fusion.over_encoding import OverEncoding
 from engram_jax.memory import exchange
 
@@ -85,6 +86,32 @@ def test_it_is_the_same_everywhere(any_mesh, across):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5 * np.abs(b).max())
 
   jax.tree.map(same, jax.device_get(found), jax.device_get(wanted))
+
+
+def test_a_row_optimizer_may_see_its_first_update_on_a_mesh(any_mesh):
+  """It tries itself out on a small table: not in the mesh's program."""
+  memory = engram_jax.Memory.create(CONFIG, vocab_size=VOCAB)
+  tokens = np.zeros((BATCH, LENGTH), np.int32)
+  couples = engram_jax.row_sparse(optax.clip_by_global_norm(1.0))
+
+  def step(row_tx, tables):
+    found = memory.lookup(tables, tokens)
+    return memory.update(
+      row_tx,
+      tables,
+      {1: row_tx.init(tables[1])},
+      found,
+      jax.tree.map(jnp.ones_like, found.rows),
+      learning_rate=0.1,
+    )
+
+  with jax.set_mesh(any_mesh):
+    tables = memory.init_tables(jax.random.key(0))
+    row_tx = engram_jax.row_sparse(optax.scale_by_adam())
+    moved, _ = jax.jit(lambda tables: step(row_tx, tables))(tables)
+    assert (moved[1] != tables[1]).any()
+    with pytest.raises(InputError, match="couples rows"):
+      jax.jit(lambda tables: step(couples, tables))(tables)
 
 
 def test_a_step_of_memory_alone_is_that_of_one_device(any_mesh):
