@@ -343,31 +343,31 @@ def test_the_history_on_the_host_hashes_as_that_on_the_device(tiny_wide):
   assert on_host.dtype == np.int32 and on_host.shape == (4, 2)
 
 
-def test_refusals_by_name(tiny, tiny_wide, store_at):
+def test_refusals_by_name(tiny, tiny_wide):
   def refused(match):
     return pytest.raises(InputError, match=match)
 
   with refused("store: disk; valid: device, pinned, host or file:PATH"):
-    store_at("disk", tiny_wide.tables, tiny_wide.hashing)
+    open_store("disk", tiny_wide.tables, tiny_wide.hashing)
   with refused("row file: .*nowhere; valid: an existing file"):
-    store_at("file:nowhere", None, tiny_wide.hashing)
+    open_store("file:nowhere", None, tiny_wide.hashing)
   with refused("tables: None; valid: the tables to be kept on host"):
-    store_at("host", None, tiny_wide.hashing)
+    open_store("host", None, tiny_wide.hashing)
   with refused("width: 4; valid: a positive multiple of 32 for fp8"):
-    store_at("host", tiny.tables, tiny.hashing, row_format="fp8")
+    open_store("host", tiny.tables, tiny.hashing, row_format="fp8")
   with refused("cache_bytes: -1; valid: 0 for none"):
-    store_at("host", tiny.tables, tiny.hashing, cache_bytes=-1)
+    open_store("host", tiny.tables, tiny.hashing, cache_bytes=-1)
   with refused("capacity_bytes: 5; valid: at least 32 bytes, a row in each"):
-    store_at("host", tiny.tables, tiny.hashing, cache_bytes=5)
+    open_store("host", tiny.tables, tiny.hashing, cache_bytes=5)
 
   loud = {i: x.at[3, 1].set(jnp.inf) for i, x in tiny_wide.tables.items()}
   for name in ("fp8", "int8", "bfloat16", "float32"):
     with refused("rows: inf; valid: finite numbers"):
-      store_at("host", loud, tiny_wide.hashing, row_format=name)
+      open_store("host", loud, tiny_wide.hashing, row_format=name)
   with refused("verify: True; valid: a store that is file:PATH: host has no"):
-    store_at("host", tiny.tables, tiny.hashing, verify=True)
+    open_store("host", tiny.tables, tiny.hashing, verify=True)
 
-  path = store_at("file", "int8").file.path
+  path = open_store("file", "int8").file.path
   content = bytearray(path.read_bytes())
   content[-5000] ^= 1  # a row's
   damaged = path.with_name("damaged")
@@ -392,10 +392,10 @@ def test_refusals_by_name(tiny, tiny_wide, store_at):
   with refused(r"hash\.multipliers of .*rows: .*; valid: "):
     store_at(f"file:{path}", None, other)
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
-    decoder_of(tiny, store_at("host"))
+    decoder_of(tiny, open_store("host"))
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
     generate(
-      *(tiny.model, tiny.memory, store_at("host")),
+      *(tiny.model, tiny.memory, open_store("host")),
       PROMPTS,
       max_new_tokens=1,
       key=KEY,

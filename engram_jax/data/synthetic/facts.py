@@ -188,7 +188,12 @@ def ask(fact: Fact, template: str, **labels: str | int | bool) -> Question:
 
 
 def state(fact: Fact, template: str) -> str:
-  """The sentence that states the fact in one wording."""
+  """The sentence that states the fact in one wording.
+
+  Args:
+    fact: what is stated.
+    template: one of `TEMPLATES`.
+  """
   question = ask(fact, template)
   return f"{question.prompt}{question.answer}."
 
