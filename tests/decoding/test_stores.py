@@ -343,7 +343,7 @@ def test_the_history_on_the_host_hashes_as_that_on_the_device(tiny_wide):
   assert on_host.dtype == np.int32 and on_host.shape == (4, 2)
 
 
-def test_refusals_by_name(tiny, tiny_wide):
+def test_refusals_by_name(tiny, tiny_wide, store_at):
   def refused(match):
     return pytest.raises(InputError, match=match)
 
@@ -367,18 +367,18 @@ def test_refusals_by_name(tiny, tiny_wide):
   with refused("verify: True; valid: a store that is file:PATH: host has no"):
     open_store("host", tiny.tables, tiny.hashing, verify=True)
 
-  path = open_store("file", "int8").file.path
+  path = store_at("file", "int8").file.path
   content = bytearray(path.read_bytes())
   content[-5000] ^= 1  # a row's
   damaged = path.with_name("damaged")
   damaged.write_bytes(content)
-  store_at(f"file:{damaged}", None, tiny_wide.hashing)
+  open_store(f"file:{damaged}", None, tiny_wide.hashing)
   with refused(r"of .*damaged"):
-    store_at(f"file:{damaged}", None, tiny_wide.hashing, verify=True)
+    open_store(f"file:{damaged}", None, tiny_wide.hashing, verify=True)
   with refused("row_format: fp8; valid: int8, the file's, or none"):
-    store_at(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
+    open_store(f"file:{path}", None, tiny_wide.hashing, row_format="fp8")
   with refused("compression_digest of .*rows: "):
-    store_at(
+    open_store(
       f"file:{path}", None, tiny_wide.hashing, compression_digest="0" * 64
     )
   other = NgramHash.create(
@@ -390,12 +390,12 @@ def test_refusals_by_name(tiny, tiny_wide):
     seed=1,
   )
   with refused(r"hash\.multipliers of .*rows: .*; valid: "):
-    store_at(f"file:{path}", None, other)
+    open_store(f"file:{path}", None, other)
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
-    decoder_of(tiny, open_store("host"))
+    decoder_of(tiny, store_at("host"))
   with refused(r"store.layers: \[1, 2\]; valid: rows of the layers \[0, 2\]"):
     generate(
-      *(tiny.model, tiny.memory, open_store("host")),
+      *(tiny.model, tiny.memory, store_at("host")),
       PROMPTS,
       max_new_tokens=1,
       key=KEY,
