@@ -45,6 +45,8 @@ def _layouts(lab: Laboratory) -> dict[tuple[str, int], EngramConfig | None]:
     found["over_encoding", rows] = dataclasses.replace(
       engram, layers=(0,), fusion="input_average", short_conv=False
     )
+  if lab.scale.name == "smoke":
+    return found
   largest = dataclasses.replace(layout, rows_per_head=both)
   found["one row", sizes[-1]] = dataclasses.replace(
     largest, addressing="one_row"

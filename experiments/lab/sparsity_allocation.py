@@ -59,8 +59,10 @@ def _controls(lab: Laboratory) -> dict[str, Any]:
   scale = lab.scale
   memory = scale.with_memory()
   rows = scale.layout.rows_per_head[:1]
-  return {
-    "one row": scale.with_memory(addressing="one_row"),
+  one_row = {"one row": scale.with_memory(addressing="one_row")}
+  if scale.name == "smoke":
+    return one_row
+  return one_row | {
     "shuffled": scale.with_memory(addressing="shuffled"),
     "unigrams": scale.with_memory(smallest_order=1, rows_per_head=rows),
     "on top": dataclasses.replace(scale.model, engram=memory.engram),

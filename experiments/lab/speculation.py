@@ -194,12 +194,12 @@ def agreement(
       name: np.asarray(_table_choices(trained.model, rows, given))
       for name, given in (("table", None), ("table, fitted", lens))
     }
-    inputs = np.asarray(batch["inputs"])
+    inputs = np.asarray(batch["inputs"]).tolist()
     for name in ("corpus", "text", "commonest"):
       found[name] = np.array(
         [
           [
-            next(iter(drafters[name](line[: i + 1].tolist(), 1, None)), -1)
+            next(iter(drafters[name](line[: i + 1], 1, None)), -1)
             for i in range(len(line))
           ]
           for line in inputs
