@@ -145,8 +145,6 @@ def serve(requests: socket.socket) -> list | None:
     code = os.waitstatus_to_exitcode(status)
     os.write(reports, str(code).encode())
     os._exit(0)
-  # A shell starts what it puts into the background deaf to it.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   os.dup2(out, 1)
   os.dup2(err, 2)
   for fd in fds:
