@@ -4,14 +4,13 @@
 
 Three forms: the plain one, one with a fixed capacity per expert, and one that
 drops nothing: in sorted blocks on CPU, by `ragged_dot` elsewhere. They are for
-one device; `expert_parallel.py` builds on them for a
-mesh. Axes besides those of `types.py`:
+one device; `expert_parallel.py` builds on them for a mesh. Axes besides those
+of `types.py`:
 
   k  experts of a token       A  assignments, T * k, token by token
   F  hidden width of an expert
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -216,36 +215,28 @@ def dispatch_bucketed(
   return from_buckets(out, expert_ids, slots, weights)
 
 
-def dispatch_ragged(
-  x: Float[Array, "T D"],
-  expert_ids: Int[Array, "T k"],
-  weights: Float[Array, "T k"],
+def ragged_experts(
+  rows: Float[Array, "A D"],
+  load: Int[Array, "E"],
   gate: Float[Array, "E D F"],
   up: Float[Array, "E D F"],
   down: Float[Array, "E F D"],
-  *,
-  dtype: DTypeLike | None = None,
-) -> Float[Array, "T D"]:
-  """Drops nothing and computes nothing twice: `jax.lax.ragged_dot`.
+) -> Float[Array, "A D"]:
+  """Each expert's SwiGLU on its own rows, by `jax.lax.ragged_dot`.
 
-  The result is that of `dispatch_dense`. For accelerators: on CPU a ragged
-  product is as many whole ones as there are experts.
+  For accelerators: on CPU a ragged product is as many whole ones as there are
+  experts.
 
   Args:
-    x: `[T, D]`.
-    expert_ids: `[T, k]`, all in 0..E-1.
-    weights: `[T, k]`.
-    gate: `[E, D, F]`, in the dtype of `x`.
+    rows: `[A, D]`, those of the first expert first.
+    load: `[E]`, number of rows of each expert; their sum is A.
+    gate: gate weights, `[E, D, F]`, in the dtype of `rows`.
     up: `[E, D, F]`.
     down: `[E, F, D]`.
-    dtype: dtype of the result; None for that of `x`.
   """
-  order, place, load, _ = _sort_by_expert(expert_ids, gate.shape[0])
-  rows = x[order // expert_ids.shape[1]]  # [A, D]
   hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, load))
   hidden = hidden * jax.lax.ragged_dot(rows, up, load)
-  out = jax.lax.ragged_dot(hidden, down, load)
-  return _combine(out[place].reshape(*expert_ids.shape, -1), weights, dtype)
+  return jax.lax.ragged_dot(hidden, down, load)
 
 
 def block_size(assignments: int, num_experts: int) -> int:
@@ -262,49 +253,47 @@ def block_size(assignments: int, num_experts: int) -> int:
   return min(max(1 << (mean.bit_length() - 1) >> 1, 1), 64)
 
 
-def dispatch_blocks(
-  x: Float[Array, "T D"],
-  expert_ids: Int[Array, "T k"],
-  weights: Float[Array, "T k"],
+def blocked_experts(
+  rows: Float[Array, "A D"],
+  load: Int[Array, "E"],
   gate: Float[Array, "E D F"],
   up: Float[Array, "E D F"],
   down: Float[Array, "E F D"],
-  *,
-  dtype: DTypeLike | None = None,
-) -> Float[Array, "T D"]:
-  """Drops nothing: the assignments, sorted by expert, in blocks of one size.
+) -> Float[Array, "A D"]:
+  """`ragged_experts` in blocks of one size, which CPUs multiply at full speed.
 
   Each expert has as many blocks as its load fills, the last one in part, and a
   block brings its expert's weights along: A / b + E blocks of b are always
-  enough. The result is that of `dispatch_dense`.
+  enough.
 
   Args:
-    x: `[T, D]`.
-    expert_ids: `[T, k]`, all in 0..E-1.
-    weights: `[T, k]`.
-    gate: `[E, D, F]`, in the dtype of `x`.
+    rows: see `ragged_experts`, as for all that follow.
+    load: `[E]`.
+    gate: `[E, D, F]`.
     up: `[E, D, F]`.
     down: `[E, F, D]`.
-    dtype: dtype of the result; None for that of `x`.
   """
-  experts, assignments = gate.shape[0], expert_ids.size
+  assignments, experts = rows.shape[0], gate.shape[0]
   size = block_size(assignments, experts)
   blocks = assignments // size + min(experts, assignments)
-  order, place, load, start = _sort_by_expert(expert_ids, experts)
-  ends = jnp.cumsum(-(-load // size))  # of each expert's blocks
-  first = ends - -(-load // size)
-  owner = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-  owner = jnp.minimum(owner, experts - 1)  # of blocks that hold nothing
-  slot = (jnp.arange(blocks) - first[owner])[:, None] * size + jnp.arange(size)
-  source = order.at[start[owner][:, None] + slot].get(mode="clip")
-  filled = (slot < load[owner][:, None])[..., None]  # [n, b, 1]
-  rows = jnp.where(filled, x[source // expert_ids.shape[1]], 0)
-  out = apply_experts(rows, gate[owner], up[owner], down[owner])
-  # Where each assignment's result lies.
-  flat = expert_ids.reshape(-1)
-  at = first[flat] * size + place - start[flat]
-  out = out.reshape(blocks * size, -1)[at]
-  return _combine(out.reshape(*expert_ids.shape, -1), weights, dtype)
+  filled_blocks = -(-load // size)
+  row_ends, block_ends = jnp.cumsum(load), jnp.cumsum(filled_blocks)
+  first_row, first_block = row_ends - load, block_ends - filled_blocks
+
+  def owner(ends, count):  # of blocks that hold nothing, the last expert
+    found = jnp.searchsorted(ends, jnp.arange(count), side="right")
+    return jnp.minimum(found, experts - 1)
+
+  of_block, of_row = owner(block_ends, blocks), owner(row_ends, assignments)
+  slot = (jnp.arange(blocks) - first_block[of_block])[:, None] * size
+  slot = slot + jnp.arange(size)  # among its expert's rows
+  filled = slot < load[of_block][:, None]
+  source = rows.at[first_row[of_block][:, None] + slot].get(mode="clip")
+  source = jnp.where(filled[..., None], source, 0)
+  weights = (w[of_block] for w in (gate, up, down))
+  out = apply_experts(source, *weights).reshape(blocks * size, -1)
+  slot = jnp.arange(assignments) - first_row[of_row]
+  return out[first_block[of_row] * size + slot]
 
 
 def dispatch_dropless(
@@ -317,10 +306,10 @@ def dispatch_dropless(
   *,
   dtype: DTypeLike | None = None,
 ) -> Float[Array, "T D"]:
-  """Each expert on its own tokens, all of them, as the platform does it best.
+  """Drops nothing: each expert on its own tokens, all of them.
 
-  `dispatch_blocks` on CPU, `dispatch_ragged` elsewhere; chosen when the program
-  is lowered for a platform.
+  The result is that of `dispatch_dense`. The experts are `blocked_experts` on
+  CPU and `ragged_experts` elsewhere, chosen when the program is lowered.
 
   Args:
     x: `[T, D]`.
@@ -331,16 +320,13 @@ def dispatch_dropless(
     down: `[E, F, D]`.
     dtype: dtype of the result; None for that of `x`.
   """
-  return jax.lax.platform_dependent(
-    x,
-    expert_ids,
-    weights,
-    gate,
-    up,
-    down,
-    cpu=functools.partial(dispatch_blocks, dtype=dtype),
-    default=functools.partial(dispatch_ragged, dtype=dtype),
+  order, place, load, _ = _sort_by_expert(expert_ids, gate.shape[0])
+  rows = x[order // expert_ids.shape[1]]  # [A, D]
+  arguments = (rows, load, gate, up, down)
+  out = jax.lax.platform_dependent(
+    *arguments, cpu=blocked_experts, default=ragged_experts
   )
+  return _combine(out[place].reshape(*expert_ids.shape, -1), weights, dtype)
 
 
 def dispatch_by(

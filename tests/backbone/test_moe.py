@@ -119,11 +119,8 @@ def test_layer_equals_the_equations_in_float64():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize(
-  "form", [dispatch.dispatch_blocks, dispatch.dispatch_ragged]
-)
-def test_forms_that_drop_nothing_equal_the_oracle(form, tokens):
-  """Balanced, all on one pair of experts, and with experts that have none."""
+def test_dropless_equals_the_oracle(tokens):
+  """Balanced, and all on one pair of experts while the others have none."""
   layer = make()
   stacks = [w[...] for w in (layer.gate, layer.up, layer.down)]
   x, (ids, weights) = normal(8, tokens, WIDTH), choose(9, tokens)
@@ -132,13 +129,43 @@ def test_forms_that_drop_nothing_equal_the_oracle(form, tokens):
     def total(form, x, weights, *stacks, chosen=chosen):
       return jnp.sum(jnp.sin(form(x, chosen, weights, *stacks)))
 
-    both = [
-      jax.jit(jax.value_and_grad(functools.partial(total, f), range(5)))(
-        x, weights, *stacks
-      )
-      for f in (form, dispatch.dispatch_dense)
-    ]
-    chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(
+      *(
+        jax.jit(jax.value_and_grad(functools.partial(total, form), range(5)))(
+          x, weights, *stacks
+        )
+        for form in (dispatch.dispatch_dropless, dispatch.dispatch_dense)
+      ),
+      rtol=1e-4,
+      atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("load", [[3, 3, 3, 3, 3], [0, 9, 0, 1, 0], [1] * 5])
+@pytest.mark.parametrize(
+  "form", [dispatch.blocked_experts, dispatch.ragged_experts]
+)
+def test_experts_on_sorted_rows_equal_the_oracle(form, load):
+  """Both platforms' forms, in values and all gradients."""
+  layer = make()
+  stacks = [w[...] for w in (layer.gate, layer.up, layer.down)]
+  rows = normal(8, sum(load), WIDTH)
+  owner = jnp.repeat(jnp.arange(EXPERTS), jnp.array(load))[:, None]
+
+  def plain(rows, *stacks):
+    ones = jnp.ones(owner.shape)
+    return dispatch.dispatch_dense(rows, owner, ones, *stacks)
+
+  def sorted_rows(rows, *stacks):
+    return form(rows, jnp.array(load), *stacks)
+
+  def value_and_gradients(function):
+    total = lambda *x: jnp.sum(jnp.sin(function(*x)))
+    return jax.jit(jax.value_and_grad(total, range(4)))(rows, *stacks)
+
+  chex.assert_trees_all_close(
+    *map(value_and_gradients, (sorted_rows, plain)), rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize(
