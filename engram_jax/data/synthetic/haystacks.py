@@ -1,10 +1,13 @@
 """Statements at chosen places of a text of random words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from engram_jax.errors import require
+from engram_jax.data.sources import Document
+from engram_jax.data.synthetic.questions import Label, Question
+from engram_jax.errors import require, require_integer
 
 #: Independent draws: documents of either split, and questions.
 STREAMS = ("train", "validation", "questions")
@@ -20,6 +23,92 @@ def stream(seed: int, name: str, *numbers: int) -> np.random.Generator:
   """
   require(name in STREAMS, "split", name, f"one of {', '.join(STREAMS)}")
   return np.random.default_rng([seed, 1 + STREAMS.index(name), *numbers])
+
+
+class Haystack(NamedTuple):
+  """A text, and the questions that it answers.
+
+  Attributes:
+    text: the words with the statements among them.
+    turns: query and answer of each question, the first one first.
+  """
+
+  text: str
+  turns: list[tuple[str, str]]
+
+
+#: From randomness, number of words and depth of what is asked for first.
+Draw = Callable[[np.random.Generator, int, float | None], Haystack]
+
+
+class Task(NamedTuple):
+  """What the tasks in haystacks have in common.
+
+  Attributes:
+    name: name of the task.
+    variant: name of the kind of its texts.
+    seed: the config's.
+    numbers: what else the draws of the task depend on.
+    draw: makes a haystack.
+  """
+
+  name: str
+  variant: str
+  seed: int
+  numbers: tuple[int, ...]
+  draw: Draw
+
+
+def write_documents(
+  task: Task, *, words: tuple[int, int], count: int, split: str, first: int
+) -> Iterator[Document]:
+  """Texts with their questions and answers; every place is equally likely.
+
+  Args:
+    task: the task.
+    words: shortest and longest haystack, in words.
+    count: number of texts.
+    split: `train` or `validation`, which have other texts.
+    first: number of the first text; all numbers of a split have other texts.
+  """
+  low, high = words
+  require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
+  for i in range(first, first + count):
+    rng = stream(task.seed, split, *task.numbers, i)
+    text, turns = task.draw(rng, int(rng.integers(low, high + 1)), None)
+    said = "".join(f"\n{query}{answer} ." for query, answer in turns)
+    name = f"{task.name}/{task.variant}-{split}{i:06}"
+    yield Document(name, split, f"{text}{said}\n")
+
+
+def write_questions(
+  task: Task,
+  *,
+  words: int,
+  depth: float | None,
+  count: int,
+  options: Sequence[int],
+  labels: Mapping[str, Label],
+) -> Iterator[Question]:
+  """Questions about texts that are in no document: the first turn of each.
+
+  Args:
+    task: the task.
+    words: length of the haystack, in words.
+    depth: place of what is asked for, from 0 to 1; None draws it.
+    count: number of questions.
+    options: at each word of the answer the number of those left to guess from.
+    labels: labels besides `words` and `depth` (-1 for None).
+  """
+  require_integer("words", words, low=0)
+  chance = float(1 / np.prod(options, dtype=float))
+  at = -1.0 if depth is None else float(depth)
+  for i in range(count):
+    # The same texts at every depth, but for where the statements lie.
+    rng = stream(task.seed, "questions", *task.numbers, words, i)
+    text, [(query, answer), *_] = task.draw(rng, words, depth)
+    found = {**labels, "words": words, "depth": at}
+    yield Question(f"{text}\n{query}", answer, task.name, chance, found)
 
 
 def draw_depths(

@@ -162,7 +162,7 @@ def documents(
   Args:
     config: the source.
     count: number of texts.
-    split: of which split they are; the two have other texts.
+    split: `train` or `validation`, which have other texts.
   """
   idioms = make_idioms(config)
   for i in range(count):

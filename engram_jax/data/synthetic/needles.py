@@ -14,7 +14,6 @@ Small models learn this only from texts of this form.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 
@@ -22,12 +21,15 @@ import numpy as np
 
 from engram_jax.data.sources import Document
 from engram_jax.data.synthetic.haystacks import (
+  Haystack,
+  Task,
   draw_depths,
-  stream,
+  write_documents,
   write_haystack,
+  write_questions,
 )
 from engram_jax.data.synthetic.questions import Question
-from engram_jax.data.synthetic.words import invent_words
+from engram_jax.data.synthetic.words import invent_vocabularies
 from engram_jax.errors import require, require_integer, require_seed
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
@@ -85,24 +87,16 @@ def documents(
     config: the task.
     words: shortest and longest haystack, in words.
     count: number of texts.
-    split: of which split they are; the two have other texts.
+    split: `train` or `validation`, which have other texts.
     asked: questions about one text, one after the other, each beginning with
       another key; of kinds with one key there is one. More of them teach the
       form in fewer tokens.
     first: number of the first text; all numbers of a split have other texts.
   """
-  low, high = words
-  require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
   require_integer("asked", asked, low=1, high=config.needles + 1)
-  for i in range(first, first + count):
-    rng = stream(config.seed, split, KINDS.index(config.kind), i)
-    length = int(rng.integers(low, high + 1))
-    text, needles = _draw(config, rng, words=length, depth=None)
-    one_key = config.kind in ("single", "multi_value")
-    for turn in range(1 if one_key else asked):
-      query, answer = _ask(config, needles[turn:] + needles[:turn])
-      text += f"\n{query}{answer} ."
-    yield Document(f"needles/{config.kind}-{split}{i:06}", split, f"{text}\n")
+  return write_documents(
+    _task(config, asked), words=words, count=count, split=split, first=first
+  )
 
 
 def questions(
@@ -117,22 +111,20 @@ def questions(
       multi_value follow it, all other needles lie anywhere. None draws it.
     count: number of questions.
 
-  Yields:
-    Questions with the labels `kind`, `words` and `depth` (-1 for None).
+  Returns:
+    An iterator of questions with the labels `kind`, `words` and `depth` (-1 for
+    None).
   """
-  require_integer("words", words, low=0)
-  for i in range(count):
-    kind = KINDS.index(config.kind)
-    # The same texts at every depth, but for where the needles lie.
-    rng = stream(config.seed, "questions", kind, words, i)
-    text, needles = _draw(config, rng, words=words, depth=depth)
-    query, answer = _ask(config, needles)
-    # Distinct values: a guesser knows that much.
-    left = config.values - np.arange(len(_asked(config, needles)))
-    chance = float(1 / np.prod(left, dtype=float))
-    labels = {"kind": config.kind, "words": words}
-    labels["depth"] = -1.0 if depth is None else float(depth)
-    yield Question(f"{text}\n{query}", answer, "needles", chance, labels)
+  # Distinct values: a guesser knows that much.
+  several = _needles_asked(config)
+  return write_questions(
+    _task(config, 1),
+    words=words,
+    depth=depth,
+    count=count,
+    options=range(config.values, config.values - several, -1),
+    labels={"kind": config.kind},
+  )
 
 
 def oracle(prompt: str) -> str:
@@ -143,6 +135,17 @@ def oracle(prompt: str) -> str:
     return "".join(f" {value}" for key, value in needles if key == keys[0])
   values = dict(needles)
   return "".join(f" {key} {values[key]}" for key in keys)
+
+
+def _task(config: NeedlesConfig, asked: int) -> Task:
+  def draw(rng, words, depth):
+    text, needles = _draw(config, rng, words=words, depth=depth)
+    turns = 1 if config.kind in ("single", "multi_value") else asked
+    orders = (needles[turn:] + needles[:turn] for turn in range(turns))
+    return Haystack(text, [_ask(config, order) for order in orders])
+
+  numbers = (KINDS.index(config.kind),)
+  return Task("needles", config.kind, config.seed, numbers, draw)
 
 
 def _draw(
@@ -168,28 +171,23 @@ def _draw(
   return text, pairs
 
 
-def _asked(
-  config: NeedlesConfig, needles: list[tuple[str, str]]
-) -> list[tuple[str, str]]:
-  """The needles of a question, of those whose turn it is."""
+def _needles_asked(config: NeedlesConfig) -> int:
+  """Number of needles that one question asks for."""
   several = {"multi_value": config.needles, "multi_query": config.asked}
-  return needles[: several.get(config.kind, 1)]
+  return several.get(config.kind, 1)
 
 
 def _ask(
   config: NeedlesConfig, needles: list[tuple[str, str]]
 ) -> tuple[str, str]:
   """The query and its answer."""
-  pairs = _asked(config, needles)
+  pairs = needles[: _needles_asked(config)]
   if config.kind == "multi_query" and len(pairs) > 1:
     keys = " ".join(key for key, _ in pairs)
     return f"recall {keys} :", "".join(f" {k} {v}" for k, v in pairs)
   return f"recall {pairs[0][0]} :", "".join(f" {v}" for _, v in pairs)
 
 
-@functools.lru_cache
 def _vocabulary(config: NeedlesConfig) -> tuple[tuple[str, ...], ...]:
-  rng = np.random.default_rng([config.seed, 0])
-  taken = {"note", "recall"}
   counts = (config.keys, config.values, config.fillers)
-  return tuple(invent_words(rng, count, taken=taken) for count in counts)
+  return invent_vocabularies(config.seed, counts, taken=("note", "recall"))

@@ -10,7 +10,6 @@ Small models learn this only from texts of this form.
 """
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -19,13 +18,16 @@ import numpy as np
 
 from engram_jax.data.sources import Document
 from engram_jax.data.synthetic.haystacks import (
+  Haystack,
+  Task,
   draw_depths,
-  stream,
+  write_documents,
   write_haystack,
+  write_questions,
 )
 from engram_jax.data.synthetic.questions import Question
-from engram_jax.data.synthetic.words import invent_words
-from engram_jax.errors import require, require_integer, require_seed
+from engram_jax.data.synthetic.words import invent_vocabularies
+from engram_jax.errors import require_integer, require_seed
 
 _COPY = re.compile(r"copy (\w+) > (\w+) \.")
 _TRACE = re.compile(r"\ntrace (\w+)$")
@@ -77,23 +79,15 @@ def documents(
     config: the task.
     words: shortest and longest haystack, in words.
     count: number of texts.
-    split: of which split they are; the two have other texts.
+    split: `train` or `validation`, which have other texts.
     asked: questions about one text, one after the other, each about another
       chain. More of them teach the form in fewer tokens.
     first: number of the first text; all numbers of a split have other texts.
   """
-  low, high = words
-  require(0 <= low <= high, "words", words, "0 <= shortest <= longest")
   require_integer("asked", asked, low=1, high=config.chains + 1)
-  for i in range(first, first + count):
-    rng = stream(config.seed, split, config.chains, config.hops, i)
-    length = int(rng.integers(low, high + 1))
-    text, chains = _draw(config, rng, words=length, depth=None)
-    for chain in chains[:asked]:
-      query, answer = _ask(chain)
-      text += f"\n{query}{answer} ."
-    name = f"tracking/{config.chains}x{config.hops}-{split}{i:06}"
-    yield Document(name, split, f"{text}\n")
+  return write_documents(
+    _task(config, asked), words=words, count=count, split=split, first=first
+  )
 
 
 def questions(
@@ -108,22 +102,19 @@ def questions(
       the others follow it, the other chains lie anywhere. None draws it.
     count: number of questions.
 
-  Yields:
-    Questions with the labels `chains`, `hops`, `words` and `depth` (-1 for
-    None).
+  Returns:
+    An iterator of questions with the labels `chains`, `hops`, `words` and
+    `depth` (-1 for None).
   """
-  require_integer("words", words, low=0)
-  for i in range(count):
-    # The same texts at every depth, but for where the chain lies.
-    rng = stream(config.seed, "questions", config.chains, config.hops, words, i)
-    text, chains = _draw(config, rng, words=words, depth=depth)
-    query, answer = _ask(chains[0])
-    # Distinct variables: a guesser knows that much.
-    left = config.variables - np.arange(config.hops)
-    chance = float(1 / np.prod(left, dtype=float))
-    labels = {"chains": config.chains, "hops": config.hops, "words": words}
-    labels["depth"] = -1.0 if depth is None else float(depth)
-    yield Question(f"{text}\n{query}", answer, "tracking", chance, labels)
+  # Distinct variables: a guesser knows that much.
+  return write_questions(
+    _task(config, 1),
+    words=words,
+    depth=depth,
+    count=count,
+    options=range(config.variables, config.variables - config.hops, -1),
+    labels={"chains": config.chains, "hops": config.hops},
+  )
 
 
 def oracle(prompt: str) -> str:
@@ -134,6 +125,16 @@ def oracle(prompt: str) -> str:
     at = targets[at]
     found += f" > {at}"
   return found
+
+
+def _task(config: TrackingConfig, asked: int) -> Task:
+  def draw(rng, words, depth):
+    text, chains = _draw(config, rng, words=words, depth=depth)
+    return Haystack(text, [_ask(chain) for chain in chains[:asked]])
+
+  size = (config.chains, config.hops)
+  variant = f"{config.chains}x{config.hops}"
+  return Task("tracking", variant, config.seed, size, draw)
 
 
 def _draw(
@@ -168,9 +169,6 @@ def _ask(chain: list[str]) -> tuple[str, str]:
   return f"trace {value}", "".join(f" > {name}" for name in variables)
 
 
-@functools.lru_cache
 def _vocabulary(config: TrackingConfig) -> tuple[tuple[str, ...], ...]:
-  rng = np.random.default_rng([config.seed, 0])
-  taken = {"copy", "trace"}
   counts = (config.variables, config.values, config.fillers)
-  return tuple(invent_words(rng, count, taken=taken) for count in counts)
+  return invent_vocabularies(config.seed, counts, taken=("copy", "trace"))

@@ -1,5 +1,7 @@
 """Invented words: two or three syllables each, so that BPE cuts them alike."""
 
+import functools
+
 import numpy as np
 
 from engram_jax.errors import require
@@ -36,3 +38,21 @@ def invent_words(
       taken.add(word)
       words.append(word)
   return tuple(words)
+
+
+@functools.lru_cache
+def invent_vocabularies(
+  seed: int, counts: tuple[int, ...], *, taken: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+  """Several sets of distinct words, no two of which share one.
+
+  Args:
+    seed: seed of the words.
+    counts: number of words of each set.
+    taken: see `invent_words`.
+
+  Raises:
+    InputError: see `invent_words`.
+  """
+  rng, used = np.random.default_rng([seed, 0]), set(taken)
+  return tuple(invent_words(rng, count, taken=used) for count in counts)
