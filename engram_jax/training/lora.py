@@ -27,7 +27,7 @@ from engram_jax.errors import require, require_integer
 from engram_jax.memory.lookup import Tables
 from engram_jax.memory.memory import Memory
 from engram_jax.parameters import Metadata, as_names, map_parameters
-from engram_jax.training.losses import model_loss
+from engram_jax.training.losses import mean_model_loss
 from engram_jax.training.setup import Batch
 
 #: Parameters that get factors, by patterns of their names.
@@ -151,14 +151,7 @@ def make_lora_step(
       rows = memory.lookup(tables, batch["inputs"], **context).rows
 
     def mean_loss(lora):
-      total, _ = model_loss(
-        merge_lora(model, lora, scale=scale),
-        rows,
-        batch,
-        chunk=0,
-        dispatch=model.config.exact_dispatch,
-      )
-      return total / jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+      return mean_model_loss(merge_lora(model, lora, scale=scale), rows, batch)
 
     loss, gradients = jax.value_and_grad(mean_loss)(lora)
     updates, opt_state = optimizer.update(gradients, opt_state, lora)

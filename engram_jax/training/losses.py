@@ -147,6 +147,25 @@ def _sum_chunks(
   return lax.scan(again, None, tuple(map(cut, (hidden, targets, mask))))[1]
 
 
+def mean_model_loss(
+  model: Transformer,
+  rows: Mapping[int, Array] | None,
+  batch: Mapping[str, Array],
+) -> Float[Array, ""]:
+  """The model's mean loss over a batch's targets, no token dropped.
+
+  For what trains beside a frozen model; a batch without a target has loss 0.
+
+  Args:
+    model: the transformer.
+    rows: as the model takes them.
+    batch: see `model_loss`.
+  """
+  dispatch = model.config.exact_dispatch
+  total, _ = model_loss(model, rows, batch, chunk=0, dispatch=dispatch)
+  return total / jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+
+
 def model_loss(
   model: Transformer,
   rows: Mapping[int, Array] | None,

@@ -25,7 +25,7 @@ from engram_jax.errors import require
 from engram_jax.memory.lookup import Tables
 from engram_jax.memory.memory import Memory
 from engram_jax.memory.row_sparse import RowOptimizer
-from engram_jax.training.losses import model_loss
+from engram_jax.training.losses import mean_model_loss
 from engram_jax.training.setup import Batch
 
 
@@ -75,7 +75,7 @@ def rows_only_step(
     memory: static; the model's.
     row_optimizer: static. A row without a gradient stays as it is with one that
       has no momentum of before: those of `row_sparse`.
-    learning_rate: of the rows.
+    learning_rate: learning rate of the rows.
     columns: static, one bool per hash column: whether its rows may move, e.g.
       those of new orders alone; None for all.
 
@@ -87,12 +87,8 @@ def rows_only_step(
   """
   found = memory.lookup(state.tables, batch["inputs"], breaks=batch["breaks"])
 
-  def mean_loss(rows):
-    options = {"chunk": 0, "dispatch": model.config.exact_dispatch}
-    total, _ = model_loss(model, rows, batch, **options)
-    return total / jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-
-  loss, gradients = jax.value_and_grad(mean_loss)(found.rows)
+  of_rows = jax.value_and_grad(mean_model_loss, argnums=1)
+  loss, gradients = of_rows(model, found.rows, batch)
   moves = _trainable(memory, batch, columns)
   gradients = {
     layer: jnp.where(moves[..., None], gradient, 0)
@@ -123,7 +119,7 @@ def make_rows_only_step(
   Args:
     memory: the model's.
     row_optimizer: from `row_sparse` or `sinkhorn`.
-    learning_rate: of the rows.
+    learning_rate: learning rate of the rows.
     columns: see `rows_only_step`.
   """
 
