@@ -33,9 +33,10 @@ from engram_jax.decoding.generate import generate_all
 from engram_jax.files import write_whole
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
+from engram_jax.training.batches import evaluation_batches
 from engram_jax.training.evaluation import losses_by_memory
 from engram_jax.training.json_values import read_object, to_text
-from engram_jax.training.loop import RunResult, evaluation_batches, run
+from engram_jax.training.loop import RunResult, run
 from engram_jax.training.metrics import read_metrics
 from experiments import cli
 

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -29,7 +29,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from engram_jax import sharding
-from engram_jax.data.pipeline import batches, held_out_batches
 from engram_jax.data.prepared import PreparedData, prepare
 from engram_jax.errors import (
   InputError,
@@ -41,6 +40,10 @@ from engram_jax.memory.hashing import NgramHash
 from engram_jax.run_config import ExperimentConfig
 from engram_jax.stores.program_stores import TableStore
 from engram_jax.training import divergence, processes
+from engram_jax.training.batches import (
+  evaluation_batches,
+  training_batches,
+)
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.companions import (
   require_own_files,
@@ -291,17 +294,7 @@ def _prepare_run(config: ExperimentConfig, folder: RunFolder, data):
   memory = make_memory(config, data.tokenizer)
   if processes.is_main():
     save_tokenizer_of_run(folder, data.tokenizer_path, memory)
-  iterator = iter(
-    batches(
-      data,
-      "train",
-      seq_len=train.seq_len,
-      batch_size=train.batch_size,
-      seed=train.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-  )
+  iterator = iter(training_batches(train, data))
   evaluation = (
     list(evaluation_batches(config, data)) if train.eval_every else []
   )
@@ -345,27 +338,6 @@ def _how_to_go_on(folder: RunFolder) -> str:
 
 def _say(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
-
-
-def evaluation_batches(
-  config: ExperimentConfig, data: PreparedData
-) -> Iterator[dict[str, np.ndarray]]:
-  """The same first batches of the validation split at every evaluation.
-
-  Args:
-    config: config of the run.
-    data: its prepared text.
-  """
-  train = config.train
-  return held_out_batches(
-    data,
-    "validation",
-    seq_len=train.seq_len,
-    batch_size=train.batch_size // train.accumulation,
-    most=train.eval_batches,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
 
 
 class _Loop:

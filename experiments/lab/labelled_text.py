@@ -7,6 +7,7 @@ about the n-gram that addresses the memory there; all else is about the target.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from engram_jax.analysis.ngram_recurrence import (
   training_counts,
 )
 from engram_jax.analysis.token_classes import token_classes, word_ends
-from engram_jax.data.pipeline import batches, windows
+from engram_jax.data.pipeline import windows
 from engram_jax.data.prepared import PreparedData
 from engram_jax.data.text_dataset import read_index
 from engram_jax.memory.compression import TokenCompression
 from engram_jax.run_config import TrainConfig
+from engram_jax.training.batches import training_batches
 from engram_jax.types import Break
 
 #: Counts in the training text at which the next band begins.
@@ -62,16 +64,7 @@ def training_windows(
   data: PreparedData, train: TrainConfig
 ) -> dict[str, np.ndarray]:
   """Every window that a run trains on, [m, L], in its order."""
-  source = iter(
-    batches(
-      data,
-      "train",
-      seq_len=train.seq_len,
-      batch_size=train.batch_size,
-      seed=train.seed,
-    )
-  )
-  parts = [next(source) for _ in range(train.steps)]
+  parts = [*itertools.islice(training_batches(train, data), train.steps)]
   return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.data.pipeline import batches, spread_batches
+from engram_jax.data.pipeline import spread_batches
 from engram_jax.decoding.drafters import (
   corpus_drafter,
   first_of,
@@ -44,6 +44,7 @@ from engram_jax.decoding.speculation import Drafter, speculate
 from engram_jax.decoding.weights import for_decoding
 from engram_jax.stores.program_stores import TableStore
 from experiments.lab.figures import Bars, Lines, draw_panels
+from experiments.lab.labelled_text import training_windows
 from experiments.lab.runs import Laboratory, Run, Trained, by_group
 from experiments.lab.statistics import mean_interval, paired_difference
 from experiments.lab.study import Study, tuned_learning_rate
@@ -91,19 +92,8 @@ def _table_choices(model, rows, lens):
 
 def _training_text(trained: Trained) -> np.ndarray:
   """Every window that the run has read, [n, L + 1]."""
-  train = trained.config.train
-  source = iter(
-    batches(
-      trained.data,
-      "train",
-      seq_len=train.seq_len,
-      batch_size=train.batch_size,
-      seed=train.seed,
-    )
-  )
-  parts = [next(source) for _ in range(train.steps)]
-  inputs = np.concatenate([part["inputs"] for part in parts])
-  last = np.concatenate([part["targets"][:, -1:] for part in parts])
+  text = training_windows(trained.data, trained.config.train)
+  inputs, last = text["inputs"], text["targets"][:, -1:]
   return np.concatenate([inputs, last], axis=1)
 
 
@@ -184,7 +174,7 @@ def agreement(
     trained: a model with a memory.
     text: batches of held-out text.
     drafters: by name.
-    lens: of the fitted table.
+    lens: projections of the fitted table.
   """
   right: dict[str, list[np.ndarray]] = {name: [] for name in drafters}
   for batch in text:
