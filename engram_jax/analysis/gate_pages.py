@@ -52,7 +52,7 @@ def gate_pages(
     title: over the figure.
     limits: gates of the lightest and the darkest colour, ascending.
     dpi: pixels per inch.
-    label: of the colour bar.
+    label: label of the colour bar.
 
   Raises:
     InputError: more lines than one picture holds.

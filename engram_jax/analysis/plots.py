@@ -213,7 +213,7 @@ def plot_gates(
     gates: per Engram layer [L, G], from `gates.gate_map`.
     path: a .png file to write.
     title: over the picture.
-    label: of the colour bar: other numbers than gates may be shown.
+    label: label of the colour bar: other numbers than gates may be shown.
     limits: gates of the lightest and the darkest colour; None for the least
       and the largest gate in the picture.
     max_columns: longer lines are continued on the next.

@@ -186,7 +186,7 @@ def table_drafter(
   none of them again.
 
   Args:
-    model: of which the backbone is not used.
+    model: the transformer; its backbone is not used.
     vocab_size: ids from here on are never drafted; None for the model's.
     lens: see `memory_logits`.
 

@@ -47,7 +47,7 @@ def worker_environment() -> dict[str, str]:
 
 def main(argv) -> None:
   del argv
-  valid = f"of {', '.join(STUDIES)}"
+  valid = f"one or more of {', '.join(STUDIES)}"
   for name in _STUDIES.value:
     require(name in STUDIES, "studies", name, valid)
   require(_WORKERS.value > 0, "workers", _WORKERS.value, "a number above 0")

@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from engram_jax.config import ModelConfig
+from engram_jax.errors import require
 from experiments.lab.figures import Bars, draw_panels
 from experiments.lab.runs import Laboratory, Run, by_group, matched
 from experiments.lab.scales import SHARE
@@ -107,7 +108,9 @@ def _tuned_multiplier(lab: Laboratory, optimizer: str, rate: float) -> float:
     for multiplier, record in zip(MULTIPLIERS, records)
     if "diverged" not in record
   }
-  return min(losses, key=losses.get) if losses else MULTIPLIERS[0]
+  valid = "one at which no run diverges"
+  require(losses, f"multipliers of {optimizer}", MULTIPLIERS, valid)
+  return min(losses, key=losses.get)
 
 
 def _run(lab, kind, name, model, seed, rate, **train) -> Run:

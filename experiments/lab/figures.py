@@ -18,7 +18,7 @@ class Lines:
 
   Attributes:
     lines: by name, pairs of x and an interval as `mean_interval` returns it.
-    title: of the panel.
+    title: title of the panel.
     xlabel: with its unit.
     ylabel: with its unit.
     log_x: logarithmic x axis.
@@ -41,7 +41,7 @@ class Bars:
 
   Attributes:
     values: intervals as `mean_interval` returns them, by name.
-    title: of the panel.
+    title: title of the panel.
     xlabel: with its unit.
     zero: draw the line x = 0, where there is no difference.
   """

@@ -44,7 +44,7 @@ from engram_jax.training.setup import TrainSetup
 from engram_jax.training.stopping import StoppedError
 from experiments.lab import corpora
 from experiments.lab.scales import Scale
-from experiments.results import environment
+from experiments.results import COMMIT
 
 #: Seconds between two looks at runs that another process has claimed.
 POLL_SECONDS = 5.0
@@ -377,7 +377,7 @@ class Laboratory:
       **found,
       "seconds": round(time.time() - start, 1),
       "tokens_per_second": float(np.median(rates)),
-      "commit": environment()["commit"],
+      "commit": COMMIT,
     }
 
 

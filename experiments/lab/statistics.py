@@ -118,7 +118,7 @@ def bootstrap(
 
   Args:
     groups: values per seed of each group, in the order of the statistic.
-    statistic: of the means [groups].
+    statistic: function of the means [groups].
     samples: number of draws.
     seed: seed of the draws.
 
